@@ -1,0 +1,1 @@
+"""What the three scripts share: one room for each step of the data flow."""

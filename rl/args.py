@@ -1,0 +1,279 @@
+"""Every flag of the three scripts: its meaning, its default, its bounds, and what derives from it."""
+
+import math
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import tyro
+
+from rl.envs import check_environment, resolve_env_id
+from rl.launch import fail, is_rank_zero, read_ranks, say, wait_for_rank_zero
+
+
+@dataclass
+class RunArgs:
+    """What is run, and for how long."""
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium id of the environment."""
+    total_timesteps: int = 98_304
+    """Environment steps in the whole run, over all environments of all processes."""
+    seed: int = 42
+    """Every random number of the run derives from it."""
+    exp_name: str = "ppo"
+    """Name of the experiment, part of the name of the run's folder."""
+    capture_video: bool = False
+    """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
+
+
+@dataclass
+class DataArgs:
+    """How experience is gathered, and how it is cut into minibatches."""
+
+    num_envs: int = 4
+    """Environments of each process that runs environments."""
+    num_steps: int = 1024
+    """Environment steps gathered before each update, over all environments of all processes."""
+    per_rank_batch_size: int = 64
+    """Rows of a minibatch, for each process that optimizes and each gradient step."""
+    update_epochs: int = 10
+    """Passes over the gathered data in each update."""
+    share_data: bool = False
+    """Every process that optimizes receives all data and trains on a part drawn anew in each epoch."""
+
+
+@dataclass
+class NetworkArgs:
+    """The policy's and the value function's networks."""
+
+    activation_function: Literal["relu", "tanh"] = "relu"
+    """Activation of the hidden layers."""
+    ortho_init: bool = False
+    """Initialise the layers orthogonally instead of with PyTorch's defaults."""
+
+
+@dataclass
+class PPOArgs:
+    """Proximal Policy Optimization (Schulman et al. 2017)."""
+
+    learning_rate: float = 1e-3
+    """Learning rate of Adam."""
+    anneal_lr: bool = True
+    """Lower the learning rate linearly, to zero at the end of the run."""
+    gamma: float = 0.99
+    """Discount factor of the rewards."""
+    gae_lambda: float = 0.95
+    """λ of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
+    clip_coef: float = 0.2
+    """ε of the surrogate objective: how far the probability ratio may leave 1."""
+    clip_vloss: bool = False
+    """Use the larger of the clipped and the unclipped squared error of the values."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus in the loss."""
+    vf_coef: float = 0.5
+    """Weight of the value loss in the loss."""
+    max_grad_norm: float = 0.5
+    """Norm to which larger gradients are clipped."""
+    normalize_advantages: bool = True
+    """Normalise the advantages of each update over all ranks."""
+
+
+@dataclass
+class CommonArgs(PPOArgs, NetworkArgs, DataArgs, RunArgs):
+    """The arguments that all three scripts share."""
+
+    log_root: ClassVar[Path]
+
+    def __post_init__(self) -> None:
+        """Check the bounds of every flag.
+
+        Raises:
+            ValueError: with one line that names the flag, its bounds and the value.
+        """
+        for names, holds, bounds in (
+            (("num_envs", "num_steps", "per_rank_batch_size", "update_epochs"), lambda x: x >= 1, "at least 1"),
+            (("total_timesteps",), lambda x: x >= 1, "at least 1"),
+            (("seed",), lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
+            (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
+            (("learning_rate", "clip_coef", "max_grad_norm"), lambda x: 0 < x < math.inf, "a number above 0"),
+            (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a number of at least 0"),
+            (("exp_name",), lambda x: re.fullmatch(r"[\w.-]+", x), "letters, digits, '.', '_' and '-' only"),
+        ):
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {getattr(self, name)!r}")
+
+    def check_processes(self, world_size: int) -> None:
+        """Check what depends on the number of processes.
+
+        Raises:
+            ValueError: with one line that says what does not fit.
+        """
+        environments = self.num_envs * self.env_processes(world_size)
+        if self.num_steps < environments:
+            raise ValueError(
+                f"--num-steps {self.num_steps} is below the number of environments, "
+                f"{environments}: each must take at least one step per update"
+            )
+        rounded = self.rounded(world_size)
+        if self.total_timesteps < rounded.num_steps:
+            raise ValueError(
+                f"--total-timesteps {self.total_timesteps} is below --num-steps {rounded.num_steps}: "
+                "there would be no update, so nothing would be trained"
+            )
+
+    def env_processes(self, world_size: int) -> int:
+        """Return how many processes run environments."""
+        return world_size
+
+    def rollout_length(self, world_size: int) -> int:
+        """Return T, the steps that each environment takes before an update."""
+        return math.ceil(self.num_steps / (self.num_envs * self.env_processes(world_size)))
+
+    def rounded(self, world_size: int) -> "CommonArgs":
+        """Return these arguments with `num_steps` rounded up to what the environments share evenly."""
+        length = self.rollout_length(world_size)
+        return replace(self, num_steps=length * self.num_envs * self.env_processes(world_size))
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates of the run, the same for any number of processes."""
+        return self.total_timesteps // self.num_steps
+
+    def learning_rate_at(self, update: int) -> float:
+        """Return the learning rate of an update, counted from 1."""
+        return self.learning_rate * (1 - (update - 1) / self.num_updates) if self.anneal_lr else self.learning_rate
+
+
+@dataclass
+class DeviceArgs:
+    """Where the networks are trained."""
+
+    cuda: bool = False
+    """Train on GPUs."""
+
+
+@dataclass
+class TorchArgs(DeviceArgs, CommonArgs):
+    """PPO in raw PyTorch with DistributedDataParallel."""
+
+    log_root: ClassVar[Path] = Path("logs/torch_logs")
+
+
+@dataclass
+class FabricArgs(CommonArgs):
+    """PPO with Lightning Fabric; `fabric run` takes the devices, the accelerator and the strategy."""
+
+    log_root: ClassVar[Path] = Path("logs/fabric_logs")
+
+
+@dataclass
+class PlayerArgs:
+    """Where the player acts."""
+
+    player_on_gpu: bool = False
+    """Let the player act on a GPU too (with --cuda)."""
+
+
+@dataclass
+class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
+    """PPO with Lightning Fabric, one player that runs the environments and N trainers that optimize."""
+
+    log_root: ClassVar[Path] = Path("logs/fabric_decoupled_logs")
+
+    def __post_init__(self) -> None:
+        """Check the bounds of every flag.
+
+        Raises:
+            ValueError: with one line that names the flag, its bounds and the value.
+        """
+        super().__post_init__()
+        if self.player_on_gpu and not self.cuda:
+            raise ValueError("--player-on-gpu needs --cuda: without it nothing runs on a GPU")
+
+    def check_processes(self, world_size: int) -> None:
+        """Check what depends on the number of processes.
+
+        Raises:
+            ValueError: with one line that says what does not fit.
+        """
+        if world_size < 2:
+            raise ValueError(
+                "one process is too few for a player and a trainer: "
+                "start with `fabric run --devices=2 train_fabric_decoupled.py`, or more devices"
+            )
+        super().check_processes(world_size)
+        if (trainers := world_size - 1) > (steps := self.rounded(world_size).num_steps):
+            raise ValueError(f"{trainers} trainers cannot share {steps} experiences: raise --num-steps")
+
+    def env_processes(self, world_size: int) -> int:
+        """Return how many processes run environments: the player alone."""
+        return 1
+
+
+Args = TypeVar("Args", bound=CommonArgs)
+
+
+def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
+    """Parse and check the command line, before anything slow is imported and before processes meet.
+
+    Every rank sees the same mistake, so every rank ends by itself; rank 0 says why, in one line.
+
+    Args:
+        script_args: the dataclass of the script's arguments.
+        argv: the arguments, `sys.argv[1:]` by default.
+
+    Returns:
+        The arguments with `env_id` resolved and `num_steps` rounded to what the environments share evenly.
+
+    Raises:
+        SystemExit: on `--help` or on bad input.
+    """
+    world_size = read_ranks().world_size
+    try:
+        args = script_args(**_parse_groups(script_args, argv))
+        args.check_processes(world_size)
+        args = replace(args, env_id=resolve_env_id(args.env_id))
+        check_environment(args.env_id, args.capture_video)
+        _check_log_root(args.log_root)
+    except ValueError as error:
+        fail(str(error))
+    rounded = args.rounded(world_size)
+    if rounded.num_steps != args.num_steps:
+        say(f"--num-steps {args.num_steps} rounded up to {rounded.num_steps}, the same for every environment")
+    return rounded
+
+
+def _check_log_root(log_root: Path) -> None:
+    """Check that a run's folder can be made below `log_root`.
+
+    Raises:
+        ValueError: if nothing can be written there.
+    """
+    try:
+        log_root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=log_root):
+            pass
+    except OSError as error:
+        raise ValueError(f"the log folder {log_root} cannot be written to: {error.strerror}") from None
+
+
+def _parse_groups(script_args: type[Args], argv: list[str] | None) -> dict[str, Any]:
+    """Parse the flags; each root class of `script_args` is a group of the help."""
+    groups = [base for base in reversed(script_args.__mro__) if base.__bases__ == (object,)]
+    named = [(group.__name__.removesuffix("Args").lower(), group, field(default_factory=group)) for group in groups]
+    try:
+        parsed = tyro.cli(
+            make_dataclass("Grouped", named),
+            args=argv,
+            description=script_args.__doc__,
+            config=(tyro.conf.OmitArgPrefixes,),
+            console_outputs=is_rank_zero(),
+        )
+    except SystemExit:
+        wait_for_rank_zero()
+        raise
+    return {name: value for group in asdict(parsed).values() for name, value in group.items()}

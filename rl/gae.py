@@ -1,0 +1,59 @@
+"""Advantages: how much better an action was than the policy's average."""
+
+import torch
+from torch import Tensor
+
+ADVANTAGE_EPSILON = 1e-8
+
+
+@torch.no_grad()
+def generalized_advantage_estimation(
+    rewards: Tensor, values: Tensor, next_values: Tensor, dones: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Return the advantages A_t, float32 [T, N] (Schulman et al. 2016, "High-Dimensional Continuous Control Using
+    Generalized Advantage Estimation", equations 11 and 16).
+
+        δ_t = r_t + γ V(s'_t) - V(s_t)
+        A_t = δ_t + γ λ (1 - done_t) A_{t+1},    A_T = 0
+
+    where s'_t is the observation that step t led to. What the end of an episode means is folded into V(s'_t): it is
+    0 where the episode terminated, and the value of the final observation where it was truncated. The end of the
+    rollout needs no special case. The return that the value function learns is A_t + V(s_t).
+
+    Args:
+        rewards: r_t, [T, N].
+        values: V(s_t), [T, N].
+        next_values: V(s'_t), [T, N].
+        dones: whether step t ended an episode, bool [T, N].
+        gamma: discount factor γ.
+        gae_lambda: λ.
+    """
+    deltas = rewards + gamma * next_values - values
+    decay = gamma * gae_lambda * ~dones
+    advantages = torch.empty_like(deltas)
+    advantage = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantage = torch.addcmul(deltas[t], decay[t], advantage, out=advantages[t])
+    return advantages
+
+
+def advantage_moments(advantages: Tensor) -> Tensor:
+    """Return count, sum and sum of squares, float64 [3]: added up over ranks they give the moments of all."""
+    exact = advantages.double()
+    return torch.stack([exact.new_tensor(exact.numel()), exact.sum(), exact.square().sum()])
+
+
+def normalize_advantages(advantages: Tensor, moments: Tensor) -> Tensor:
+    """Return (A - mean) / (std + 1e-8), of the shape of `advantages`.
+
+    The moments are those of the whole global batch, so that the result does not depend on how the batch is cut
+    into ranks and minibatches.
+
+    Args:
+        advantages: any shape.
+        moments: count, sum and sum of squares, as `advantage_moments` returns them.
+    """
+    count, total, total_square = moments
+    mean = total / count
+    std = (total_square / count - mean.square()).clamp(min=0).sqrt()
+    return ((advantages - mean) / (std + ADVANTAGE_EPSILON)).float()

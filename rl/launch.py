@@ -1,0 +1,82 @@
+"""How a process learns its rank, ends on a mistake of the user's, and leaves at the end."""
+
+import gc
+import os
+import sys
+import time
+from typing import NamedTuple, NoReturn
+
+# Both `torchrun` and `fabric run` set all of these, plain `python` none.
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks(NamedTuple):
+    """The place of this process among all processes, and among those of this machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+
+def read_ranks() -> Ranks:
+    """Read the place of this process from the launcher's environment variables.
+
+    Plain `python` is a world of one process: the variables are then set, so that what reads them later
+    (`torch.distributed`) finds the same world.
+
+    Raises:
+        SystemExit: if only some of the variables are set, or one is no number.
+    """
+    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
+    if len(missing) == len(LAUNCH_VARIABLES):
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0"
+        )
+    elif missing:
+        fail(f"the launcher's variable {missing[0]} is not set: start with `torchrun`, `fabric run` or plain `python`")
+    try:
+        return Ranks(*(int(os.environ[name]) for name in LAUNCH_VARIABLES[:4]))
+    except ValueError as error:
+        fail(f"the launcher's variables RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE must be numbers: {error}")
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Print one line for the user, once for all processes."""
+    if is_rank_zero():
+        print(message, file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    """End this process for a mistake that every rank sees alike: rank 0 says what is wrong, in one line.
+
+    Raises:
+        SystemExit: always, with code 1.
+    """
+    say(f"error: {message}")
+    wait_for_rank_zero()
+    sys.exit(1)
+
+
+def wait_for_rank_zero() -> None:
+    """Let rank 0 print first: the launcher ends all processes as soon as one has failed."""
+    if not is_rank_zero():
+        time.sleep(2)
+
+
+def leave() -> None:
+    """Leave the process group; call it after `main` has returned.
+
+    A DistributedDataParallel module that is still alive holds the group's threads, and the interpreter may then
+    abort at its exit. So garbage (a Fabric module sits in reference cycles) is collected first.
+    """
+    import torch.distributed as dist  # here, so that `--help` need not wait for torch
+
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()

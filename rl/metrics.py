@@ -1,0 +1,40 @@
+"""What is logged of an update, as means over all ranks."""
+
+import torch
+from torch import Tensor
+
+from rl.loss import Losses
+from rl.rollout import Episodes
+
+LOSS_TAGS = (
+    "Loss/loss",
+    "Loss/policy_loss",
+    "Loss/value_loss",
+    "Loss/entropy_loss",
+    "Info/approx_kl",
+    "Info/clip_fraction",
+)
+
+
+def sum_episodes(episodes: Episodes) -> Tensor:
+    """Return the sums of returns and of lengths, and the number of episodes, float64 [3]."""
+    sums = (sum(episodes.returns), sum(episodes.lengths), len(episodes.returns))
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+def sum_losses(losses: list[Losses]) -> Tensor:
+    """Return the sum of each loss over the gradient steps, and the number of steps, float64 [7]."""
+    sums = torch.stack([torch.stack(step) for step in losses]).detach().double().sum(0)
+    return torch.cat([sums, sums.new_tensor([len(losses)])])
+
+
+def name_means(sums: Tensor) -> dict[str, float]:
+    """Name the means of what `sum_episodes` and `sum_losses` summed, one after the other, over all ranks.
+
+    Without an episode that ended there is no mean return and no mean length.
+    """
+    return_sum, length_sum, episodes, *loss_sums, steps = sums.tolist()
+    means = {tag: loss_sum / steps for tag, loss_sum in zip(LOSS_TAGS, loss_sums, strict=True)}
+    if episodes:
+        means |= {"Rewards/rew_avg": return_sum / episodes, "Game/ep_len_avg": length_sum / episodes}
+    return means

@@ -1,0 +1,113 @@
+"""Experience as rows: from a rollout to a batch, over the wire, and cut into minibatches."""
+
+from collections.abc import Iterator
+from math import ceil, prod
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl.args import CommonArgs
+from rl.rollout import Rollout
+from rl.seeding import Purpose, stream
+
+
+class Batch(NamedTuple):
+    """B rows of experience, in no order that matters."""
+
+    observations: Tensor  # float32 [B, D]
+    actions: Tensor  # [B]
+    log_probs: Tensor  # float32 [B]
+    values: Tensor  # float32 [B]
+    advantages: Tensor  # float32 [B]
+    returns: Tensor  # float32 [B]
+
+    @classmethod
+    def from_rollout(cls, rollout: Rollout, advantages: Tensor, returns: Tensor) -> "Batch":
+        """Flatten [T, N] to [B], environment after environment.
+
+        So the rows of all ranks one after the other are the rows of one process with all environments.
+        """
+        fields = (rollout.observations, rollout.actions, rollout.log_probs, rollout.values, advantages, returns)
+        return cls(*(field.transpose(0, 1).flatten(0, 1) for field in fields))
+
+    @classmethod
+    def empty(cls, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete) -> "Batch":
+        """Return a batch without rows: it holds the shapes and types that `unpack` needs."""
+        action = torch.from_numpy(np.empty((0, *action_space.shape), dtype=action_space.dtype))
+        return cls(torch.empty(0, *observation_space.shape), action, *(torch.empty(0) for _ in range(4)))
+
+    def pack(self) -> Tensor:
+        """Return the rows as bytes, uint8 [B, bytes of a row]: one message, whatever the types."""
+        columns = (field.reshape(len(field), prod(field.shape[1:])).view(torch.uint8) for field in self)
+        return torch.cat(list(columns), dim=1)
+
+    def unpack(self, packed: Tensor) -> "Batch":
+        """Return the batch that was packed; this batch gives the shapes and types, its own rows do not matter."""
+        columns = packed.split(self.field_bytes, dim=1)
+        return Batch(
+            *(
+                column.contiguous().view(field.dtype).reshape(len(packed), *field.shape[1:])
+                for column, field in zip(columns, self, strict=True)
+            )
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """B; the length of the tuple is the number of fields."""
+        return len(self.actions)
+
+    @property
+    def field_bytes(self) -> list[int]:
+        """Bytes of each field in a row."""
+        return [prod(field.shape[1:]) * field.dtype.itemsize for field in self]
+
+
+def almost_equal_sizes(rows: int, parts: int) -> list[int]:
+    """Return the sizes of `parts` parts of `rows` rows; they differ by at most one (as `torch.tensor_split`)."""
+    return [rows // parts + (part < rows % parts) for part in range(parts)]
+
+
+def minibatches(
+    batch: Batch, args: CommonArgs, update: int, epoch: int, rank: int, world_size: int
+) -> Iterator[tuple[Batch, float]]:
+    """Shuffle this rank's rows for one epoch and cut them into minibatches.
+
+    Every rank takes the same number of steps: the rows are cut into as many almost equal minibatches as are needed
+    for none to exceed `per_rank_batch_size`.
+
+    - Without `share_data`, `batch` is what this rank alone has, one of almost equal parts of all the data, and each
+      rank shuffles for itself.
+    - With `share_data`, `batch` is all the data. All ranks shuffle alike and cut it into global minibatches, and of
+      each one every rank takes every `world_size`-th row. So the ranks' rows are disjoint, drawn anew in each
+      epoch, and W ranks with minibatches of b take the steps of one rank with minibatches of W b.
+
+    Args:
+        batch: see above.
+        args: `seed`, `num_steps`, `per_rank_batch_size` and `share_data` count here.
+        update: number of the update, from 1.
+        epoch: number of the epoch in the update.
+        rank: place of this process among those that optimize.
+        world_size: number of processes that optimize.
+
+    Yields:
+        A minibatch, and the average number of its rows over the ranks: see `ppo_loss`.
+    """
+    rng = stream(args.seed, Purpose.SHUFFLE, update, epoch, 0 if args.share_data else rank)
+    order = torch.from_numpy(rng.permutation(batch.num_rows))
+    largest_part = ceil(args.num_steps / world_size)
+    steps = ceil(largest_part / args.per_rank_batch_size)
+    if args.share_data:
+        mine = [rows[rank::world_size] for rows in order.tensor_split(steps)]
+        global_sizes = almost_equal_sizes(batch.num_rows, steps)
+    else:
+        mine = list(order.tensor_split(steps))
+        parts = almost_equal_sizes(args.num_steps, world_size)
+        global_sizes = [sum(sizes) for sizes in zip(*(almost_equal_sizes(part, steps) for part in parts), strict=True)]
+    # All rows are gathered at once, which is faster than minibatch by minibatch.
+    rows = torch.cat(mine).to(batch.actions.device)
+    fields = (field[rows].split([len(m) for m in mine]) for field in batch)
+    for minibatch, global_size in zip(zip(*fields, strict=True), global_sizes, strict=True):
+        yield Batch(*minibatch), global_size / world_size

@@ -1,0 +1,51 @@
+"""The progress of a run: a bar on a terminal, a few plain lines elsewhere."""
+
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+from rl.args import CommonArgs
+
+PLAIN_LINES = 20  # about so many in a whole run
+
+
+class Progress:
+    """Shows steps, updates, mean return, steps per second and time left.
+
+    Args:
+        args: of the run.
+        enabled: False on the ranks that say nothing.
+    """
+
+    def __init__(self, args: CommonArgs, enabled: bool) -> None:
+        self.args = args
+        self.plain = enabled and not sys.stderr.isatty()
+        self.start = time.perf_counter()
+        self.bar = tqdm(
+            total=args.num_updates * args.num_steps,
+            unit=" steps",
+            disable=not enabled or self.plain,
+            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
+
+    def show(self, update: int, scalars: dict[str, float]) -> None:
+        """Show the state of the run after `update` updates, with the scalars that were logged."""
+        num_updates, num_steps = self.args.num_updates, self.args.num_steps
+        mean_return = f"{scalars.get('Rewards/rew_avg', float('nan')):.1f}"
+        self.bar.set_postfix_str(f"update {update}/{num_updates}, return {mean_return}", refresh=False)
+        self.bar.update(num_steps)
+        if self.plain and (update == num_updates or update % max(1, num_updates // PLAIN_LINES) == 0):
+            seconds = time.perf_counter() - self.start
+            left = timedelta(seconds=round(seconds / update * (num_updates - update)))
+            print(
+                f"steps {update * num_steps}/{num_updates * num_steps}, update {update}/{num_updates}, "
+                f"return {mean_return}, {update * num_steps / seconds:.0f} steps/s, {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the bar as it is and end its line."""
+        self.bar.close()

@@ -1,0 +1,91 @@
+"""The rollout: what the environments answered to the agent. The only loop over environment steps."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from rl.agent import Agent
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments. Step t of an environment is one row of experience."""
+
+    observations: Tensor  # float32 [T, N, D], s_t
+    actions: Tensor  # [T, N], a_t
+    log_probs: Tensor  # float32 [T, N], log π(a_t | s_t)
+    rewards: Tensor  # float32 [T, N], r_t
+    dones: Tensor  # bool [T, N], whether step t ended an episode
+    values: Tensor  # float32 [T, N], V(s_t)
+    next_values: Tensor  # float32 [T, N], V of the observation that step t led to, 0 if it terminated the episode
+
+
+class Episodes(NamedTuple):
+    """The episodes that ended in a rollout."""
+
+    returns: list[float]  # sum of the rewards of each
+    lengths: list[int]  # number of steps of each
+
+
+@torch.no_grad()
+def collect_rollout(
+    agent: Agent, envs: VectorEnv, observations: np.ndarray, noise: Tensor
+) -> tuple[Rollout, np.ndarray, Episodes]:
+    """Let the agent act in the environments, T steps in each.
+
+    At a time limit the episode is truncated, not terminated: the state still has a value, that of the episode's
+    final observation (Pardo et al. 2018, "Time Limits in Reinforcement Learning").
+
+    Args:
+        agent: the policy and the value function.
+        envs: N environments that reset in the step that ends an episode.
+        observations: [N, D], where the environments are now.
+        noise: [T, N, ...], the action noise of the whole rollout.
+
+    Returns:
+        The rollout on the agent's device, the observations [N, D] to go on from, and the episodes that ended.
+    """
+    device = next(agent.parameters()).device
+    shape = num_steps, num_envs = noise.shape[:2]
+    noise = noise.to(device)
+    all_observations = np.empty((num_steps + 1, *observations.shape), dtype=np.float32)
+    actions = np.empty((*shape, *envs.single_action_space.shape), dtype=envs.single_action_space.dtype)
+    rewards = np.empty(shape, dtype=np.float32)
+    terminations = np.empty(shape, dtype=bool)
+    truncations = np.empty(shape, dtype=bool)
+    final_observations: dict[tuple[int, int], np.ndarray] = {}
+    episodes = Episodes([], [])
+
+    all_observations[0] = observations
+    for t in range(num_steps):
+        current = torch.from_numpy(all_observations[t]).to(device)
+        actions[t] = agent.act(current, noise[t]).cpu()
+        all_observations[t + 1], rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])
+        if "final_obs" in info:
+            for env in info["_final_obs"].nonzero()[0]:
+                final_observations[t, env] = info["final_obs"][env]
+            episodes.returns.extend(info["episode"]["r"][info["_episode"]].tolist())
+            episodes.lengths.extend(info["episode"]["l"][info["_episode"]].tolist())
+
+    # Everything else follows from the whole at once, which is faster than step by step.
+    observed = torch.from_numpy(all_observations).to(device)
+    acted = torch.from_numpy(actions).to(device)
+    log_probs, _, values = agent(observed[:-1], acted)
+    next_values = torch.cat([values[1:], agent.value(observed[-1:])])
+    if final_observations:
+        steps, indices = zip(*final_observations, strict=True)
+        finals = np.stack(list(final_observations.values())).astype(np.float32)
+        next_values[steps, indices] = agent.value(torch.from_numpy(finals).to(device))
+    terminated = torch.from_numpy(terminations).to(device)
+    rollout = Rollout(
+        observations=observed[:-1],
+        actions=acted,
+        log_probs=log_probs,
+        rewards=torch.from_numpy(rewards).to(device),
+        dones=terminated | torch.from_numpy(truncations).to(device),
+        values=values,
+        next_values=next_values.masked_fill(terminated, 0.0),
+    )
+    return rollout, all_observations[-1], episodes

@@ -1,0 +1,124 @@
+"""PPO with Lightning Fabric: `fabric run` starts the processes, Fabric places and joins them.
+
+    fabric run --accelerator=cpu --strategy=ddp --devices=2 train_fabric.py      # two processes
+    python train_fabric.py                                                       # one process
+    python train_fabric.py --help                                                # all flags
+
+`diff train_torch.py train_fabric.py` shows what Lightning Fabric takes over.
+"""
+
+from rl.args import FabricArgs, parse
+
+if __name__ == "__main__":
+    args = parse(FabricArgs)  # before the slow imports, so that --help and mistakes are answered at once
+
+import os
+import time
+
+import torch
+from lightning import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
+
+from rl.distributions import draw_action_noise
+from rl.envs import make_envs, record_training, reset_envs
+from rl.evaluate import TEST_EPISODES, evaluate
+from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
+from rl.launch import leave
+from rl.lightning_agent import LightningAgent
+from rl.metrics import name_means, sum_episodes, sum_losses
+from rl.minibatch import Batch, minibatches
+from rl.progress import Progress
+from rl.rollout import collect_rollout
+from rl.run_folder import hyperparameter_table, new_run_folder
+from rl.seeding import Purpose, stream_seed
+
+
+def main(args: FabricArgs) -> None:
+    """Train an agent, then test it."""
+    # Launch: fabric run tells each process its rank. One thread each, so that processes do not fight for the cores.
+    torch.set_num_threads(1)
+    run_folder = new_run_folder(args)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="")
+    fabric = Fabric(devices=os.environ.get("LT_DEVICES", 1), loggers=logger)
+    rank, world_size = fabric.global_rank, fabric.world_size
+
+    # Log: only rank 0 writes.
+    if rank == 0:
+        logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
+    progress = Progress(args, enabled=rank == 0)
+
+    # Environments: all different, over ranks and within a rank. The first of all is recorded.
+    env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
+    record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
+    envs = make_envs(args.env_id, args.num_envs, record)
+    observations = reset_envs(envs, args.seed, env_indices[0])
+
+    # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
+    torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
+    agent = LightningAgent(
+        args, envs.single_observation_space, envs.single_action_space, args.activation_function, args.ortho_init
+    )
+
+    # Optimizer
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    fabric_agent, optimizer = fabric.setup(agent, optimizer)
+
+    # Loop over updates
+    scalars: dict[str, float] = {}
+    for update in range(1, args.num_updates + 1):
+        start = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
+
+        # Rollout: T steps in each environment.
+        noise = draw_action_noise(agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update)
+        rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
+
+        # Advantages, normalised over all ranks
+        advantages = generalized_advantage_estimation(
+            rollout.rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
+        )
+        returns = advantages + rollout.values
+        if args.normalize_advantages:
+            moments = fabric.all_reduce(advantage_moments(advantages), reduce_op="sum")
+            advantages = normalize_advantages(advantages, moments)
+        batch = Batch.from_rollout(rollout, advantages, returns)
+
+        # Share: every rank receives the rows of all ranks.
+        if args.share_data:
+            rows = batch.pack()
+            all_rows = fabric.all_gather(rows).reshape(-1, rows.shape[1])
+            batch = batch.unpack(all_rows)
+
+        # Optimize: the backward pass averages the gradients over all ranks, so all take the same step.
+        losses = []
+        for epoch in range(args.update_epochs):
+            for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, world_size):
+                losses.append(fabric_agent.training_step(minibatch, mean_rows))
+                optimizer.zero_grad()
+                fabric.backward(losses[-1].loss)
+                fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
+                optimizer.step()
+
+        # Log: means over all ranks. Where no episode ended, the last mean return stands.
+        sums = torch.cat([sum_episodes(episodes).to(fabric.device), sum_losses(losses)])
+        sums = fabric.all_reduce(sums, reduce_op="sum")
+        scalars |= name_means(sums)
+        scalars["Info/learning_rate"] = args.learning_rate_at(update)
+        scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
+        fabric.log_dict(scalars, update * args.num_steps)
+        progress.show(update, scalars)
+
+    # Test: greedy episodes.
+    progress.close()
+    envs.close()
+    if rank == 0:
+        test_videos = run_folder / "test_videos" if args.capture_video else None
+        test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()
+        fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+        print(f"mean return of {TEST_EPISODES} test episodes: {test_return:.1f}, run: {run_folder}")
+        logger.finalize("success")
+
+
+if __name__ == "__main__":
+    main(args)
+    leave()

@@ -1,0 +1,133 @@
+"""PPO in raw PyTorch: `torchrun` starts the processes, DistributedDataParallel averages their gradients.
+
+    torchrun --nproc_per_node=2 --standalone train_torch.py      # two processes
+    python train_torch.py                                        # one process
+    python train_torch.py --help                                 # all flags
+
+`diff train_torch.py train_fabric.py` shows what Lightning Fabric takes over.
+"""
+
+from rl.args import TorchArgs, parse
+
+if __name__ == "__main__":
+    args = parse(TorchArgs)  # before the slow imports, so that --help and mistakes are answered at once
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+from rl.agent import Agent
+from rl.distributions import draw_action_noise
+from rl.envs import make_envs, record_training, reset_envs
+from rl.evaluate import TEST_EPISODES, evaluate
+from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
+from rl.launch import fail, leave, read_ranks
+from rl.loss import ppo_loss
+from rl.metrics import name_means, sum_episodes, sum_losses
+from rl.minibatch import Batch, minibatches
+from rl.progress import Progress
+from rl.rollout import collect_rollout
+from rl.run_folder import hyperparameter_table, new_run_folder
+from rl.seeding import Purpose, stream_seed
+
+
+def main(args: TorchArgs) -> None:
+    """Train an agent, then test it."""
+    # Launch: torchrun tells each process its rank. One thread each, so that processes do not fight for the cores.
+    torch.set_num_threads(1)
+    rank, local_rank, world_size, _ = read_ranks()
+    if args.cuda and not torch.cuda.is_available():
+        fail("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
+    device = torch.device("cuda", local_rank) if args.cuda else torch.device("cpu")
+    dist.init_process_group("nccl" if args.cuda else "gloo", device_id=device if args.cuda else None)
+
+    # Log: only rank 0 writes.
+    run_folder = new_run_folder(args)
+    logger = SummaryWriter(run_folder) if rank == 0 else None
+    if rank == 0:
+        logger.add_text("hyperparameters", hyperparameter_table(args))
+    progress = Progress(args, enabled=rank == 0)
+
+    # Environments: all different, over ranks and within a rank. The first of all is recorded.
+    env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
+    record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
+    envs = make_envs(args.env_id, args.num_envs, record)
+    observations = reset_envs(envs, args.seed, env_indices[0])
+
+    # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
+    torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
+    agent = Agent(
+        envs.single_observation_space, envs.single_action_space, args.activation_function, args.ortho_init
+    ).to(device)
+    ddp_agent = DistributedDataParallel(agent) if world_size > 1 else agent
+
+    # Optimizer
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+
+    # Loop over updates
+    scalars: dict[str, float] = {}
+    for update in range(1, args.num_updates + 1):
+        start = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
+
+        # Rollout: T steps in each environment.
+        noise = draw_action_noise(agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update)
+        rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
+
+        # Advantages, normalised over all ranks
+        advantages = generalized_advantage_estimation(
+            rollout.rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
+        )
+        returns = advantages + rollout.values
+        if args.normalize_advantages:
+            moments = advantage_moments(advantages)
+            dist.all_reduce(moments)
+            advantages = normalize_advantages(advantages, moments)
+        batch = Batch.from_rollout(rollout, advantages, returns)
+
+        # Share: every rank receives the rows of all ranks.
+        if args.share_data:
+            rows = batch.pack()
+            all_rows = rows.new_empty(world_size * len(rows), rows.shape[1])
+            dist.all_gather_into_tensor(all_rows, rows)
+            batch = batch.unpack(all_rows)
+
+        # Optimize: the backward pass averages the gradients over all ranks, so all take the same step.
+        losses = []
+        for epoch in range(args.update_epochs):
+            for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, world_size):
+                losses.append(ppo_loss(ddp_agent, minibatch, mean_rows, args))
+                optimizer.zero_grad()
+                losses[-1].loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                optimizer.step()
+
+        # Log: means over all ranks. Where no episode ended, the last mean return stands.
+        sums = torch.cat([sum_episodes(episodes).to(device), sum_losses(losses)])
+        dist.all_reduce(sums)
+        scalars |= name_means(sums)
+        scalars["Info/learning_rate"] = args.learning_rate_at(update)
+        scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
+        if rank == 0:
+            for tag, value in scalars.items():
+                logger.add_scalar(tag, value, update * args.num_steps)
+        progress.show(update, scalars)
+
+    # Test: greedy episodes.
+    progress.close()
+    envs.close()
+    if rank == 0:
+        test_videos = run_folder / "test_videos" if args.capture_video else None
+        test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()
+        logger.add_scalar("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+        print(f"mean return of {TEST_EPISODES} test episodes: {test_return:.1f}, run: {run_folder}")
+        logger.close()
+
+
+if __name__ == "__main__":
+    main(args)
+    leave()
