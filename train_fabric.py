@@ -55,9 +55,7 @@ def main(args: FabricArgs) -> None:
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = LightningAgent(
-        args, envs.single_observation_space, envs.single_action_space, args.activation_function, args.ortho_init
-    )
+    agent = LightningAgent(envs.single_observation_space, envs.single_action_space, args)
 
     # Optimizer
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)

@@ -60,9 +60,7 @@ def main(args: TorchArgs) -> None:
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = Agent(
-        envs.single_observation_space, envs.single_action_space, args.activation_function, args.ortho_init
-    ).to(device)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     ddp_agent = DistributedDataParallel(agent) if world_size > 1 else agent
 
     # Optimizer

@@ -1,11 +1,11 @@
 """The agent: a policy and a value function, each a small network of its own."""
 
 from itertools import pairwise
-from typing import Literal
 
 import gymnasium as gym
 from torch import Tensor, nn
 
+from rl.args import NetworkArgs
 from rl.distributions import Categorical
 
 HIDDEN_SIZES = (64, 64)
@@ -17,24 +17,17 @@ class Agent(nn.Module):
     Args:
         observation_space: flat, shape [D].
         action_space: decides the distribution of the actions.
-        activation_function: of the hidden layers.
-        ortho_init: initialise the layers orthogonally, with gain √2, and 0.01 for the policy's output, so that
-            the first policy is close to uniform.
+        args: `activation_function` of the hidden layers; `ortho_init` initialises the layers orthogonally, with
+            gain √2, and 0.01 for the policy's output, so that the first policy is close to uniform.
     """
 
-    def __init__(
-        self,
-        observation_space: gym.spaces.Box,
-        action_space: gym.spaces.Discrete,
-        activation_function: Literal["relu", "tanh"],
-        ortho_init: bool,
-    ) -> None:
+    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete, args: NetworkArgs) -> None:
         super().__init__()
         self.distribution = Categorical(action_space)
         num_inputs, num_outputs = observation_space.shape[0], self.distribution.num_outputs
-        activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[activation_function]
-        self.actor = _multilayer_perceptron(num_inputs, num_outputs, activation, 0.01 if ortho_init else None)
-        self.critic = _multilayer_perceptron(num_inputs, 1, activation, 1.0 if ortho_init else None)
+        activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation_function]
+        self.actor = _multilayer_perceptron(num_inputs, num_outputs, activation, 0.01 if args.ortho_init else None)
+        self.critic = _multilayer_perceptron(num_inputs, 1, activation, 1.0 if args.ortho_init else None)
 
     def act(self, observations: Tensor, noise: Tensor) -> Tensor:
         """Sample actions [...] for observations [..., D] with noise from the distribution's `draw_noise`."""

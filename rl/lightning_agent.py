@@ -1,7 +1,6 @@
 """The agent as a LightningModule, for the scripts with Fabric."""
 
-from typing import Any
-
+import gymnasium as gym
 from lightning import LightningModule
 
 from rl.agent import Agent
@@ -11,15 +10,10 @@ from rl.minibatch import Batch
 
 
 class LightningAgent(Agent, LightningModule):
-    """The same agent, with the step that Fabric sends through the wrapped module.
+    """The same agent, with the step that Fabric sends through the wrapped module."""
 
-    Args:
-        args: what the loss needs.
-        agent_args: what `Agent` needs.
-    """
-
-    def __init__(self, args: CommonArgs, *agent_args: Any) -> None:
-        super().__init__(*agent_args)
+    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete, args: CommonArgs) -> None:
+        super().__init__(observation_space, action_space, args)
         self.args = args
 
     def training_step(self, minibatch: Batch, rows: float) -> Losses:

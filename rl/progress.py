@@ -27,7 +27,7 @@ class Progress:
             total=args.num_updates * args.num_steps,
             unit=" steps",
             disable=not enabled or self.plain,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
 
     def show(self, update: int, scalars: dict[str, float]) -> None:

@@ -48,9 +48,9 @@ def collect_rollout(
         The rollout on the agent's device, the observations [N, D] to go on from, and the episodes that ended.
     """
     device = next(agent.parameters()).device
-    shape = num_steps, num_envs = noise.shape[:2]
+    shape = noise.shape[:2]  # T, N
     noise = noise.to(device)
-    all_observations = np.empty((num_steps + 1, *observations.shape), dtype=np.float32)
+    all_observations = np.empty((len(noise) + 1, *observations.shape), dtype=np.float32)
     actions = np.empty((*shape, *envs.single_action_space.shape), dtype=envs.single_action_space.dtype)
     rewards = np.empty(shape, dtype=np.float32)
     terminations = np.empty(shape, dtype=bool)
@@ -59,7 +59,7 @@ def collect_rollout(
     episodes = Episodes([], [])
 
     all_observations[0] = observations
-    for t in range(num_steps):
+    for t in range(len(noise)):
         current = torch.from_numpy(all_observations[t]).to(device)
         actions[t] = agent.act(current, noise[t]).cpu()
         all_observations[t + 1], rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])

@@ -1,0 +1,98 @@
+"""The channel between the player and the trainers: three messages, each send directly above its receive."""
+
+from typing import Literal
+
+import torch
+from lightning.fabric.plugins.collectives import TorchCollective
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from rl.minibatch import almost_equal_sizes
+
+PLAYER = 0
+LEAD_TRAINER = 1
+
+
+class Channel:
+    """Owns the groups of processes and the order in which they talk.
+
+        player (rank 0)                               trainers (ranks 1..N)
+                  <--- 1. weights ------------------  lead trainer (rank 1)
+                  ---- 2. batch, a share each ----->  every trainer
+                  <--- 3. losses -------------------  lead trainer
+
+    Both sides know the shape and the type of every message, so only tensors travel, and nothing is pickled. They
+    travel on the CPU, with gloo, wherever they come from.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes: one player and N trainers.
+        backend: of the trainers among themselves.
+    """
+
+    def __init__(self, rank: int, world_size: int, backend: Literal["gloo", "nccl"]) -> None:
+        self.rank = rank
+        self.num_trainers = world_size - 1
+        # Every process creates every group, in the same order, whether it belongs to it or not.
+        self.everyone = TorchCollective().setup(backend="gloo")
+        self.lead_and_player = TorchCollective().create_group(ranks=[PLAYER, LEAD_TRAINER], backend="gloo")
+        self.trainers = TorchCollective().create_group(ranks=list(range(1, world_size)), backend=backend)
+
+    def send_weights(self, agent: nn.Module) -> None:
+        """Message 1, by the lead trainer; the other trainers hold the same weights and have nothing to do."""
+        if self.rank == LEAD_TRAINER:
+            self.lead_and_player.broadcast(parameters_to_vector(agent.parameters()).detach().cpu(), LEAD_TRAINER)
+
+    def receive_weights(self, agent: nn.Module) -> None:
+        """Message 1, by the player: the weights of its agent become those of the trainers."""
+        weights = parameters_to_vector(agent.parameters()).detach()
+        received = self.lead_and_player.broadcast(torch.empty_like(weights, device="cpu"), LEAD_TRAINER)
+        vector_to_parameters(received.to(weights.device), agent.parameters())
+
+    def send_rows(self, rows: Tensor, share_data: bool) -> None:
+        """Message 2, by the player: all rows to every trainer, or an almost equal part of them to each.
+
+        Args:
+            rows: packed rows, uint8 [B, bytes of a row]; in parts they go in this order.
+            share_data: whether every trainer receives all rows.
+        """
+        rows = rows.cpu()
+        if share_data:
+            self.everyone.broadcast(rows, PLAYER)
+            return
+        sizes = almost_equal_sizes(len(rows), self.num_trainers)
+        # A scatter wants equal parts, one for the player itself too: all are padded to the largest.
+        padded = rows.new_zeros(1 + self.num_trainers, sizes[0], rows.shape[1])
+        for part, share in zip(padded[1:], rows.split(sizes), strict=True):
+            part[: len(share)] = share
+        self.everyone.scatter(torch.empty_like(padded[0]), list(padded), PLAYER)
+
+    def receive_rows(self, num_rows: int, row_bytes: int, share_data: bool) -> Tensor:
+        """Message 2, by a trainer: packed rows, uint8 [rows of this trainer, row_bytes], on the CPU.
+
+        Args:
+            num_rows: B, the rows that the player sends in all.
+            row_bytes: bytes of a row.
+            share_data: whether every trainer receives all rows.
+        """
+        if share_data:
+            return self.everyone.broadcast(torch.empty(num_rows, row_bytes, dtype=torch.uint8), PLAYER)
+        sizes = almost_equal_sizes(num_rows, self.num_trainers)
+        padded = torch.empty(sizes[0], row_bytes, dtype=torch.uint8)
+        self.everyone.scatter(padded, [], PLAYER)
+        return padded[: sizes[self.rank - 1]]
+
+    def send_losses(self, losses: Tensor) -> None:
+        """Message 3, by the lead trainer; call it on every trainer.
+
+        Args:
+            losses: sums over the gradient steps of this trainer, as `sum_losses` returns them; over the trainers they
+                are added up on the way.
+        """
+        losses = self.trainers.all_reduce(losses)
+        if self.rank == LEAD_TRAINER:
+            self.lead_and_player.broadcast(losses.cpu(), LEAD_TRAINER)
+
+    def receive_losses(self, size: int) -> Tensor:
+        """Message 3, by the player: the sums over all trainers, float64 [size], on the CPU."""
+        return self.lead_and_player.broadcast(torch.empty(size, dtype=torch.float64), LEAD_TRAINER)

@@ -1,0 +1,174 @@
+"""PPO with Lightning Fabric, decoupled: one player runs the environments, N trainers optimize.
+
+    fabric run --devices=3 train_fabric_decoupled.py --num-envs 4                            # on the CPU
+    fabric run --devices=3 train_fabric_decoupled.py --num-envs 4 --cuda                     # trainers on GPUs
+    fabric run --devices=3 train_fabric_decoupled.py --num-envs 4 --cuda --player-on-gpu     # all on GPUs
+    fabric run --devices=3 train_fabric_decoupled.py -- --help                               # all flags
+
+The processes exchange three messages per update (see rl/channel.py):
+
+    player (rank 0)                               trainers (ranks 1..N)
+              <--- 1. weights ------------------  lead trainer (rank 1)
+    rollout, advantages
+              ---- 2. batch, a share each ----->  every trainer
+                                                  update_epochs of gradient steps, averaged over the trainers
+              <--- 3. losses -------------------  lead trainer
+    log
+
+Both sides derive the number of updates from the same arguments, so nothing needs to say stop.
+"""
+
+from rl.args import DecoupledArgs, parse
+
+if __name__ == "__main__":
+    args = parse(DecoupledArgs)  # before the slow imports, so that --help and mistakes are answered at once
+
+import os
+import time
+
+import torch
+from lightning import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
+from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+
+from rl.channel import PLAYER, Channel
+from rl.distributions import draw_action_noise
+from rl.envs import check_environment, make_envs, record_training, reset_envs
+from rl.evaluate import TEST_EPISODES, evaluate
+from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
+from rl.launch import Ranks, leave, read_ranks
+from rl.lightning_agent import LightningAgent
+from rl.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
+from rl.minibatch import Batch, minibatches
+from rl.placement import place
+from rl.progress import Progress
+from rl.rollout import collect_rollout
+from rl.run_folder import hyperparameter_table, new_run_folder
+from rl.seeding import Purpose, stream, stream_seed
+
+
+def main(args: DecoupledArgs) -> None:
+    """Launch: every process takes its place, then its part."""
+    # The device is ours to choose, so what `fabric run` would choose is set aside; torchrun then works as well.
+    for name in ("LT_CLI_USED", "LT_ACCELERATOR", "LT_DEVICES", "LT_STRATEGY"):
+        os.environ.pop(name, None)
+    torch.set_num_threads(1)
+    ranks = read_ranks()
+    device, backend = place(args, ranks)
+    channel = Channel(ranks.rank, ranks.world_size, backend)
+    if ranks.rank == PLAYER:
+        player(args, channel, device)
+    else:
+        trainer(args, channel, device, ranks)
+
+
+def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
+    """Run the environments, send what they gave to the trainers, log, and test at the end."""
+    # Log
+    run_folder = new_run_folder(args)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="")
+    fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=logger)
+    logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
+    progress = Progress(args, enabled=True)
+
+    # Environments
+    record = record_training(run_folder / "train_videos") if args.capture_video else None
+    envs = make_envs(args.env_id, args.num_envs, record)
+    observations = reset_envs(envs, args.seed, 0)
+
+    # Agent: it only acts here, with the weights that arrive.
+    torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
+    agent = LightningAgent(envs.single_observation_space, envs.single_action_space, args).to(fabric.device)
+
+    # Loop over updates
+    scalars: dict[str, float] = {}
+    for update in range(1, args.num_updates + 1):
+        start = time.perf_counter()
+        channel.receive_weights(agent)
+
+        # Rollout: T steps in each environment.
+        noise = draw_action_noise(
+            agent.distribution, args.rollout_length(world_size=1), range(args.num_envs), args.seed, update
+        )
+        rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
+
+        # Advantages, normalised over the whole batch
+        advantages = generalized_advantage_estimation(
+            rollout.rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
+        )
+        returns = advantages + rollout.values
+        if args.normalize_advantages:
+            advantages = normalize_advantages(advantages, advantage_moments(advantages))
+        rows = Batch.from_rollout(rollout, advantages, returns).pack()
+
+        # Share: all rows to every trainer, or a random part to each.
+        if not args.share_data:
+            rows = rows[stream(args.seed, Purpose.SCATTER, update).permutation(len(rows))]
+        channel.send_rows(rows, args.share_data)
+
+        # Log: where no episode ended, the last mean return stands.
+        losses = channel.receive_losses(len(LOSS_TAGS) + 1)
+        scalars |= name_means(torch.cat([sum_episodes(episodes), losses]))
+        scalars["Info/learning_rate"] = args.learning_rate_at(update)
+        scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
+        fabric.log_dict(scalars, update * args.num_steps)
+        progress.show(update, scalars)
+    channel.receive_weights(agent)
+
+    # Test: greedy episodes.
+    progress.close()
+    envs.close()
+    test_videos = run_folder / "test_videos" if args.capture_video else None
+    test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()
+    fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+    print(f"mean return of {TEST_EPISODES} test episodes: {test_return:.1f}, run: {run_folder}")
+    logger.finalize("success")
+
+
+def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: Ranks) -> None:
+    """Optimize on what the player sends, together with the other trainers."""
+    # Launch: Fabric joins the trainers among themselves.
+    rank, num_trainers = ranks.rank - 1, ranks.world_size - 1
+    if num_trainers == 1:
+        strategy = SingleDeviceStrategy(device)
+    else:
+        devices = [device] * ranks.local_world_size
+        strategy = DDPStrategy(parallel_devices=devices, process_group=channel.trainers.group)
+    fabric = Fabric(accelerator=device.type, strategy=strategy)
+    fabric.launch()
+
+    # Agent: the plain one is sent to the player; the wrapped one only takes gradient steps.
+    spaces = check_environment(args.env_id)
+    torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
+    agent = LightningAgent(*spaces, args)
+    template = Batch.empty(*spaces)
+
+    # Optimizer
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    fabric_agent, optimizer = fabric.setup(agent, optimizer)
+
+    # Loop over updates
+    for update in range(1, args.num_updates + 1):
+        optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
+        channel.send_weights(agent)
+
+        # Share: what the player sent is all rows, or this trainer's part.
+        rows = channel.receive_rows(args.num_steps, sum(template.field_bytes), args.share_data)
+        batch = template.unpack(rows.to(fabric.device))
+
+        # Optimize: the backward pass averages the gradients over the trainers, so all take the same step.
+        losses = []
+        for epoch in range(args.update_epochs):
+            for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, num_trainers):
+                losses.append(fabric_agent.training_step(minibatch, mean_rows))
+                optimizer.zero_grad()
+                fabric.backward(losses[-1].loss)
+                fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
+                optimizer.step()
+        channel.send_losses(sum_losses(losses))
+    channel.send_weights(agent)
+
+
+if __name__ == "__main__":
+    main(args)
+    leave()
