@@ -19,6 +19,8 @@ import torch
 from lightning import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 
+from rl.agreement import check_agreement, weights_checksum
+from rl.checkpoint import save_checkpoint
 from rl.distributions import draw_action_noise
 from rl.envs import make_envs, record_training, reset_envs
 from rl.evaluate import TEST_EPISODES, evaluate
@@ -97,6 +99,12 @@ def main(args: FabricArgs) -> None:
                 fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
                 optimizer.step()
 
+        # Guard: all ranks hold the same weights.
+        if update in (1, args.num_updates):
+            checksum = weights_checksum(agent)
+            checksums = fabric.all_gather(checksum)
+            check_agreement(checksums, update)
+
         # Log: means over all ranks. Where no episode ended, the last mean return stands.
         sums = torch.cat([sum_episodes(episodes).to(fabric.device), sum_losses(losses)])
         sums = fabric.all_reduce(sums, reduce_op="sum")
@@ -106,9 +114,13 @@ def main(args: FabricArgs) -> None:
         fabric.log_dict(scalars, update * args.num_steps)
         progress.show(update, scalars)
 
-    # Test: greedy episodes.
+    # Checkpoint
     progress.close()
     envs.close()
+    if rank == 0:
+        save_checkpoint(run_folder, agent, optimizer, args.num_updates, args)
+
+    # Test: greedy episodes.
     if rank == 0:
         test_videos = run_folder / "test_videos" if args.capture_video else None
         test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()

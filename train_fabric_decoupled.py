@@ -32,6 +32,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from rl.channel import PLAYER, Channel
+from rl.checkpoint import save_checkpoint
 from rl.distributions import draw_action_noise
 from rl.envs import check_environment, make_envs, record_training, reset_envs
 from rl.evaluate import TEST_EPISODES, evaluate
@@ -76,15 +77,20 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     envs = make_envs(args.env_id, args.num_envs, record)
     observations = reset_envs(envs, args.seed, 0)
 
-    # Agent: it only acts here, with the weights that arrive.
+    # Agent: it only acts here, with the weights that arrive. Its optimizer only receives the state to save.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
     agent = LightningAgent(envs.single_observation_space, envs.single_action_space, args).to(fabric.device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     # Loop over updates
     scalars: dict[str, float] = {}
     for update in range(1, args.num_updates + 1):
         start = time.perf_counter()
         channel.receive_weights(agent)
+        if update == 2:
+            channel.check_weights(agent, update - 1)
+
+        optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
         # Rollout: T steps in each environment.
         noise = draw_action_noise(
@@ -113,11 +119,16 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
         fabric.log_dict(scalars, update * args.num_steps)
         progress.show(update, scalars)
-    channel.receive_weights(agent)
 
-    # Test: greedy episodes.
+    # Checkpoint: the optimizer's state arrives with the last weights.
     progress.close()
     envs.close()
+    channel.receive_weights(agent)
+    channel.check_weights(agent, args.num_updates)
+    channel.receive_optimizer_state(optimizer)
+    save_checkpoint(run_folder, agent, optimizer, args.num_updates, args)
+
+    # Test: greedy episodes.
     test_videos = run_folder / "test_videos" if args.capture_video else None
     test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()
     fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
@@ -151,6 +162,8 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     for update in range(1, args.num_updates + 1):
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
         channel.send_weights(agent)
+        if update == 2:
+            channel.check_weights(agent, update - 1)
 
         # Share: what the player sent is all rows, or this trainer's part.
         rows = channel.receive_rows(args.num_steps, sum(template.field_bytes), args.share_data)
@@ -167,6 +180,8 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
                 optimizer.step()
         channel.send_losses(sum_losses(losses))
     channel.send_weights(agent)
+    channel.check_weights(agent, args.num_updates)
+    channel.send_optimizer_state(optimizer)
 
 
 if __name__ == "__main__":

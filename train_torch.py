@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from rl.agent import Agent
+from rl.agreement import check_agreement, weights_checksum
+from rl.checkpoint import save_checkpoint
 from rl.distributions import draw_action_noise
 from rl.envs import make_envs, record_training, reset_envs
 from rl.evaluate import TEST_EPISODES, evaluate
@@ -104,6 +106,13 @@ def main(args: TorchArgs) -> None:
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
                 optimizer.step()
 
+        # Guard: all ranks hold the same weights.
+        if update in (1, args.num_updates):
+            checksum = weights_checksum(agent)
+            checksums = checksum.new_empty(world_size)
+            dist.all_gather_into_tensor(checksums, checksum)
+            check_agreement(checksums, update)
+
         # Log: means over all ranks. Where no episode ended, the last mean return stands.
         sums = torch.cat([sum_episodes(episodes).to(device), sum_losses(losses)])
         dist.all_reduce(sums)
@@ -115,9 +124,13 @@ def main(args: TorchArgs) -> None:
                 logger.add_scalar(tag, value, update * args.num_steps)
         progress.show(update, scalars)
 
-    # Test: greedy episodes.
+    # Checkpoint
     progress.close()
     envs.close()
+    if rank == 0:
+        save_checkpoint(run_folder, agent, optimizer, args.num_updates, args)
+
+    # Test: greedy episodes.
     if rank == 0:
         test_videos = run_folder / "test_videos" if args.capture_video else None
         test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()

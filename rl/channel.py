@@ -5,8 +5,10 @@ from typing import Literal
 import torch
 from lightning.fabric.plugins.collectives import TorchCollective
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
+from torch.optim import Optimizer
 
+from rl.agreement import check_agreement, weights_checksum
 from rl.minibatch import almost_equal_sizes
 
 PLAYER = 0
@@ -47,7 +49,18 @@ class Channel:
         """Message 1, by the player: the weights of its agent become those of the trainers."""
         weights = parameters_to_vector(agent.parameters()).detach()
         received = self.lead_and_player.broadcast(torch.empty_like(weights, device="cpu"), LEAD_TRAINER)
-        vector_to_parameters(received.to(weights.device), agent.parameters())
+        sizes = [parameter.numel() for parameter in agent.parameters()]
+        for parameter, values in zip(agent.parameters(), received.split(sizes), strict=True):
+            # Copied, so that each keeps its place in memory: the last bit of a matrix product depends on alignment.
+            parameter.data.copy_(values.view_as(parameter))
+
+    def check_weights(self, agent: nn.Module, update: int) -> None:
+        """End the run if the processes hold different weights after an update; call it on all of them."""
+        checksum = weights_checksum(agent).cpu()
+        checksums = self.everyone.all_gather(
+            [torch.empty_like(checksum) for _ in range(1 + self.num_trainers)], checksum
+        )
+        check_agreement(torch.cat(checksums), update)
 
     def send_rows(self, rows: Tensor, share_data: bool) -> None:
         """Message 2, by the player: all rows to every trainer, or an almost equal part of them to each.
@@ -96,3 +109,23 @@ class Channel:
     def receive_losses(self, size: int) -> Tensor:
         """Message 3, by the player: the sums over all trainers, float64 [size], on the CPU."""
         return self.lead_and_player.broadcast(torch.empty(size, dtype=torch.float64), LEAD_TRAINER)
+
+    def send_optimizer_state(self, optimizer: Optimizer) -> None:
+        """With a checkpoint, by the lead trainer."""
+        if self.rank == LEAD_TRAINER:
+            for tensor in _state_tensors(optimizer):
+                self.lead_and_player.broadcast(tensor.cpu(), LEAD_TRAINER)
+
+    def receive_optimizer_state(self, optimizer: Optimizer) -> None:
+        """With a checkpoint, by the player: the state of its Adam becomes that of the trainers."""
+        for parameter in optimizer.param_groups[0]["params"]:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
+        for tensor in _state_tensors(optimizer):
+            tensor.copy_(self.lead_and_player.broadcast(torch.empty_like(tensor, device="cpu"), LEAD_TRAINER))
+
+
+def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """Return the tensors of Adam's state in the order of the parameters."""
+    states = (optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
+    return [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]

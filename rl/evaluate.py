@@ -36,7 +36,7 @@ def evaluate(agent: Agent, env_id: str, episodes: int, seed: int, video_folder: 
         observations = reset_envs(envs, seed, first, Purpose.TEST)
         block = returns[first : first + at_once]
         while np.isnan(block).any():
-            actions = agent.act_greedily(torch.as_tensor(observations, dtype=torch.float32, device=device))
+            actions = agent.act_greedily(torch.tensor(observations, dtype=torch.float32, device=device))
             observations, _, _, _, info = envs.step(actions.cpu().numpy())
             if "episode" in info:
                 first_end = info["_episode"] & np.isnan(block)

@@ -1,5 +1,7 @@
 """The agent as a LightningModule, for the scripts with Fabric."""
 
+import logging
+
 import gymnasium as gym
 from lightning import LightningModule
 
@@ -7,6 +9,8 @@ from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.loss import Losses, ppo_loss
 from rl.minibatch import Batch
+
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # a normal run is quiet
 
 
 class LightningAgent(Agent, LightningModule):

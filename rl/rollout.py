@@ -50,8 +50,11 @@ def collect_rollout(
     device = next(agent.parameters()).device
     shape = noise.shape[:2]  # T, N
     noise = noise.to(device)
-    all_observations = np.empty((len(noise) + 1, *observations.shape), dtype=np.float32)
-    actions = np.empty((*shape, *envs.single_action_space.shape), dtype=envs.single_action_space.dtype)
+    # Torch allocates what the network reads, at addresses that are aligned: the last bit of a matrix product depends
+    # on that. NumPy's views of it are filled by the environments.
+    observed = torch.empty(len(noise) + 1, *observations.shape)
+    acted = torch.from_numpy(np.empty((*shape, *envs.single_action_space.shape), envs.single_action_space.dtype))
+    all_observations, actions = observed.numpy(), acted.numpy()
     rewards = np.empty(shape, dtype=np.float32)
     terminations = np.empty(shape, dtype=bool)
     truncations = np.empty(shape, dtype=bool)
@@ -60,8 +63,7 @@ def collect_rollout(
 
     all_observations[0] = observations
     for t in range(len(noise)):
-        current = torch.from_numpy(all_observations[t]).to(device)
-        actions[t] = agent.act(current, noise[t]).cpu()
+        acted[t] = agent.act(observed[t].to(device), noise[t])
         all_observations[t + 1], rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])
         if "final_obs" in info:
             for env in info["_final_obs"].nonzero()[0]:
@@ -70,14 +72,13 @@ def collect_rollout(
             episodes.lengths.extend(info["episode"]["l"][info["_episode"]].tolist())
 
     # Everything else follows from the whole at once, which is faster than step by step.
-    observed = torch.from_numpy(all_observations).to(device)
-    acted = torch.from_numpy(actions).to(device)
+    observed, acted = observed.to(device), acted.to(device)
     log_probs, _, values = agent(observed[:-1], acted)
     next_values = torch.cat([values[1:], agent.value(observed[-1:])])
     if final_observations:
         steps, indices = zip(*final_observations, strict=True)
-        finals = np.stack(list(final_observations.values())).astype(np.float32)
-        next_values[steps, indices] = agent.value(torch.from_numpy(finals).to(device))
+        finals = torch.tensor(np.stack(list(final_observations.values())), dtype=torch.float32, device=device)
+        next_values[steps, indices] = agent.value(finals)
     terminated = torch.from_numpy(terminations).to(device)
     rollout = Rollout(
         observations=observed[:-1],
