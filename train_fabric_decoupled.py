@@ -55,7 +55,7 @@ def main(args: DecoupledArgs) -> None:
         os.environ.pop(name, None)
     torch.set_num_threads(1)
     ranks = read_ranks()
-    device, backend = place(args, ranks)
+    device, backend = place(args.cuda, ranks, processes_on_cpu=0 if args.player_on_gpu else 1)
     channel = Channel(ranks.rank, ranks.world_size, backend)
     if ranks.rank == PLAYER:
         player(args, channel, device)

@@ -27,10 +27,11 @@ from rl.distributions import draw_action_noise
 from rl.envs import make_envs, record_training, reset_envs
 from rl.evaluate import TEST_EPISODES, evaluate
 from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
-from rl.launch import fail, leave, read_ranks
+from rl.launch import leave, read_ranks
 from rl.loss import ppo_loss
 from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
+from rl.placement import place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
 from rl.run_folder import hyperparameter_table, new_run_folder
@@ -41,11 +42,10 @@ def main(args: TorchArgs) -> None:
     """Train an agent, then test it."""
     # Launch: torchrun tells each process its rank. One thread each, so that processes do not fight for the cores.
     torch.set_num_threads(1)
-    rank, local_rank, world_size, _ = read_ranks()
-    if args.cuda and not torch.cuda.is_available():
-        fail("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
-    device = torch.device("cuda", local_rank) if args.cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if args.cuda else "gloo", device_id=device if args.cuda else None)
+    ranks = read_ranks()
+    rank, world_size = ranks.rank, ranks.world_size
+    device, backend = place(args.cuda, ranks)
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
 
     # Log: only rank 0 writes.
     run_folder = new_run_folder(args)

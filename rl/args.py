@@ -1,6 +1,7 @@
 """Every flag of the three scripts: its meaning, its default, its bounds, and what derives from it."""
 
 import math
+import os
 import re
 import tempfile
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
@@ -168,6 +169,16 @@ class FabricArgs(CommonArgs):
     """PPO with Lightning Fabric; `fabric run` takes the devices, the accelerator and the strategy."""
 
     log_root: ClassVar[Path] = Path("logs/fabric_logs")
+
+    def check_processes(self, world_size: int) -> None:
+        """Check what depends on the number of processes.
+
+        Raises:
+            ValueError: with one line that says what does not fit.
+        """
+        if world_size > 1 and "LT_CLI_USED" not in os.environ:
+            raise ValueError("several processes of train_fabric.py are started with `fabric run`, see README.md")
+        super().check_processes(world_size)
 
 
 @dataclass

@@ -1,31 +1,35 @@
-"""Where the processes of the decoupled script run."""
+"""Where the processes run: on the CPU, or dealt out to the GPUs of their machine."""
 
 from typing import Literal
 
 import torch
 
-from rl.args import DecoupledArgs
 from rl.launch import Ranks, fail, say
 
 
-def place(args: DecoupledArgs, ranks: Ranks) -> tuple[torch.device, Literal["gloo", "nccl"]]:
-    """Return the device of this process, and the backend of the trainers among themselves.
+def place(cuda: bool, ranks: Ranks, processes_on_cpu: int = 0) -> tuple[torch.device, Literal["gloo", "nccl"]]:
+    """Return the device of this process, and the backend for those that share its kind of device.
 
-    The processes that use GPUs are dealt out to the visible ones in turn. NCCL wants a GPU for each process; where
-    they share GPUs, the trainers talk through gloo.
+    NCCL wants a GPU for each process; where several share one, they talk through gloo.
+
+    Args:
+        cuda: whether GPUs are used at all.
+        ranks: of this process.
+        processes_on_cpu: the first so many of all ranks stay on the CPU all the same.
 
     Raises:
         SystemExit: if GPUs are wanted and none is visible.
     """
-    if not args.cuda:
+    if not cuda:
         return torch.device("cpu"), "gloo"
     if not (num_gpus := torch.cuda.device_count()):
         fail("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
-    player_is_here = ranks.rank == ranks.local_rank
-    cpu_players = 1 if player_is_here and not args.player_on_gpu else 0
-    backend: Literal["gloo", "nccl"] = "nccl" if ranks.local_world_size - cpu_players <= num_gpus else "gloo"
-    if backend == "gloo":
-        say(f"{ranks.local_world_size - cpu_players} processes share {num_gpus} GPU: they talk through gloo, not NCCL")
-    if ranks.local_rank < cpu_players:
+    first_rank_here = ranks.rank - ranks.local_rank
+    on_cpu_here = max(0, processes_on_cpu - first_rank_here)
+    on_gpu_here = ranks.local_world_size - on_cpu_here
+    if on_gpu_here > num_gpus:
+        say(f"{on_gpu_here} processes share {num_gpus} GPU{'s' * (num_gpus > 1)}: they talk through gloo, not NCCL")
+    backend: Literal["gloo", "nccl"] = "gloo" if on_gpu_here > num_gpus else "nccl"
+    if ranks.local_rank < on_cpu_here:
         return torch.device("cpu"), backend
-    return torch.device("cuda", (ranks.local_rank - cpu_players) % num_gpus), backend
+    return torch.device("cuda", (ranks.local_rank - on_cpu_here) % num_gpus), backend
