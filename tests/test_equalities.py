@@ -1,0 +1,114 @@
+"""E1, E2, E3, E4 and E6: the real scripts, launched, compute the same thing.
+
+Every run writes its checkpoint and its logs; they are compared tensor by tensor and value by value.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.launching import fabric_run, python, run, scalars, torchrun
+
+TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
+ENVIRONMENTS = ("CartPole-v1", "LunarLander-v3")
+FLAGS = ["--total-timesteps", "768", "--num-steps", "256", "--num-envs", "2", "--update-epochs", "3", "--ortho-init"]
+DDP = ("--accelerator=cpu", "--strategy=ddp")
+LAUNCHES = {
+    "torch 1": partial(python, TORCH),
+    "torch 1 again": partial(python, TORCH),
+    "torch 2": partial(torchrun, 2, TORCH),
+    "torch 2 shared": partial(torchrun, 2, TORCH, "--share-data"),
+    "fabric 1": partial(python, FABRIC),
+    "fabric 2": partial(fabric_run, 2, FABRIC, options=DDP),
+    "fabric 2 shared": partial(fabric_run, 2, FABRIC, "--share-data", options=DDP),
+    "decoupled 1 shared": partial(fabric_run, 2, DECOUPLED, "--share-data"),
+    "decoupled 2": partial(fabric_run, 3, DECOUPLED),
+    "decoupled 2 again": partial(fabric_run, 3, DECOUPLED),
+}
+
+
+class Run:
+    """What a run of a script left behind."""
+
+    def __init__(self, folder: Path) -> None:
+        (self.folder,) = folder.glob("logs/*/*")
+        (checkpoint,) = self.folder.glob("checkpoints/update_*.ckpt")
+        self.checkpoint: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        self.tensors = {f"agent {key}": value for key, value in self.checkpoint["agent"].items()}
+        for parameter, state in self.checkpoint["optimizer"]["state"].items():
+            self.tensors |= {f"optimizer {parameter} {key}": value for key, value in state.items()}
+        self.logged = {tag: points for tag, points in scalars(self.folder).items() if not tag.startswith("Time/")}
+
+
+def launch(command: Callable[..., list[str]], folder: Path, *flags: str) -> Run:
+    folder.mkdir()
+    finished = run(command(*flags), cwd=folder, timeout=120)
+    assert finished.returncode == 0, finished.output
+    return Run(folder)
+
+
+@pytest.fixture(scope="module", params=ENVIRONMENTS)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """All launches in one environment, two at a time."""
+    root = tmp_path_factory.mktemp(request.param)
+    with ThreadPoolExecutor(2) as pool:
+        started = {
+            name: pool.submit(launch, command, root / name, *FLAGS, "--env-id", request.param)
+            for name, command in LAUNCHES.items()
+        }
+        return {name: future.result() for name, future in started.items()}
+
+
+def assert_bit_equal(run: Run, other: Run) -> None:
+    assert run.tensors.keys() == other.tensors.keys()
+    different = [name for name, tensor in run.tensors.items() if not torch.equal(tensor, other.tensors[name])]
+    assert not different
+    assert run.checkpoint["optimizer"]["param_groups"] == other.checkpoint["optimizer"]["param_groups"]
+    assert run.logged == other.logged
+
+
+def test_a_run_trains_and_logs_what_is_compared_here(runs):
+    for finished in runs.values():
+        assert finished.checkpoint["update"] == 3
+        assert finished.checkpoint["global_step"] == 768
+        steps = {state["step"].item() for state in finished.checkpoint["optimizer"]["state"].values()}
+        assert len(steps) == 1 and steps.pop() >= 3 * 3
+        assert len(finished.logged["Loss/policy_loss"]) == 3
+    assert not torch.equal(
+        runs["torch 1"].tensors["agent actor.0.weight"], runs["torch 2"].tensors["agent actor.0.weight"]
+    )
+
+
+@pytest.mark.parametrize("launch", ["1", "2", "2 shared"])
+def test_e1_raw_pytorch_equals_fabric_bit_for_bit(runs, launch):
+    assert_bit_equal(runs[f"torch {launch}"], runs[f"fabric {launch}"])
+
+
+def test_e2_one_trainer_that_shares_data_equals_one_coupled_process_bit_for_bit(runs):
+    assert_bit_equal(runs["torch 1"], runs["decoupled 1 shared"])
+
+
+@pytest.mark.parametrize("launch", ["torch 1", "decoupled 2"])
+def test_e6_the_same_command_twice_is_equal_bit_for_bit(runs, launch):
+    assert_bit_equal(runs[launch], runs[f"{launch} again"])
+
+
+def test_e3_and_e4_after_one_update_many_processes_with_small_minibatches_equal_one_with_a_large_one(tmp_path):
+    # 2 x 2 environments are the 4 environments of one process, with the same actions: all gather the same rows.
+    flags = ["--env-id", "LunarLander-v3", "--total-timesteps", "256", "--num-steps", "256", "--update-epochs", "2"]
+    small, large = ["--share-data", "--per-rank-batch-size", "32"], ["--per-rank-batch-size", "64"]
+    one = launch(partial(python, TORCH), tmp_path / "one", *flags, *large, "--num-envs", "4")
+    coupled = launch(partial(torchrun, 2, TORCH), tmp_path / "two", *flags, *small, "--num-envs", "2")
+    decoupled = launch(partial(fabric_run, 3, DECOUPLED), tmp_path / "trainers", *flags, *small, "--num-envs", "4")
+    for other in (coupled, decoupled):
+        for name, tensor in one.tensors.items():
+            # Eight Adam steps: where a gradient is close to zero they magnify its rounding.
+            assert torch.allclose(tensor, other.tensors[name], rtol=1e-3, atol=1e-5), name
+        for tag in ("Rewards/rew_avg", "Game/ep_len_avg", "Loss/policy_loss", "Loss/value_loss", "Loss/entropy_loss"):
+            (step, value), (other_step, other_value) = one.logged[tag][0], other.logged[tag][0]
+            assert step == other_step and value == pytest.approx(other_value, rel=1e-4, abs=1e-6), tag
