@@ -22,13 +22,14 @@ from lightning.fabric.loggers import TensorBoardLogger
 from rl.agreement import check_agreement, weights_checksum
 from rl.checkpoint import save_checkpoint
 from rl.distributions import draw_action_noise
-from rl.envs import make_envs, record_training, reset_envs
-from rl.evaluate import TEST_EPISODES, evaluate
-from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
+from rl.envs import make_envs, read_spaces, record_training, reset_envs
+from rl.evaluate import evaluate
+from rl.gae import generalized_advantage_estimation
 from rl.launch import leave
 from rl.lightning_agent import LightningAgent
 from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
+from rl.normalize import moments, normalize_advantages
 from rl.progress import Progress
 from rl.rollout import collect_rollout
 from rl.run_folder import hyperparameter_table, new_run_folder
@@ -52,12 +53,12 @@ def main(args: FabricArgs) -> None:
     # Environments: all different, over ranks and within a rank. The first of all is recorded.
     env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
     record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
-    envs = make_envs(args.env_id, args.num_envs, record)
+    envs = make_envs(args, args.num_envs, record)
     observations = reset_envs(envs, args.seed, env_indices[0])
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = LightningAgent(envs.single_observation_space, envs.single_action_space, args)
+    agent = LightningAgent(*read_spaces(args), args)
 
     # Optimizer
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -73,14 +74,25 @@ def main(args: FabricArgs) -> None:
         noise = draw_action_noise(agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update)
         rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
 
+        # Normalise: statistics over all ranks; those of the observations count from the next rollout on.
+        if args.normalize_observations:
+            sums = fabric.all_reduce(moments(rollout.raw_observations), reduce_op="sum")
+            agent.observation_normalizer.update(sums)
+        if args.normalize_rewards:
+            sums = fabric.all_reduce(
+                agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones), reduce_op="sum"
+            )
+            agent.reward_normalizer.update(sums)
+        rewards = agent.reward_normalizer(rollout.rewards)
+
         # Advantages, normalised over all ranks
         advantages = generalized_advantage_estimation(
-            rollout.rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
+            rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
         )
         returns = advantages + rollout.values
         if args.normalize_advantages:
-            moments = fabric.all_reduce(advantage_moments(advantages), reduce_op="sum")
-            advantages = normalize_advantages(advantages, moments)
+            sums = fabric.all_reduce(moments(advantages), reduce_op="sum")
+            advantages = normalize_advantages(advantages, sums)
         batch = Batch.from_rollout(rollout, advantages, returns)
 
         # Share: every rank receives the rows of all ranks.
@@ -98,6 +110,10 @@ def main(args: FabricArgs) -> None:
                 fabric.backward(losses[-1].loss)
                 fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
                 optimizer.step()
+            if args.target_kl is not None:
+                kl = fabric.all_reduce(losses[-1].approx_kl.clone(), reduce_op="sum")
+                if kl / world_size > args.target_kl:
+                    break
 
         # Guard: all ranks hold the same weights.
         if update in (1, args.num_updates):
@@ -123,9 +139,10 @@ def main(args: FabricArgs) -> None:
     # Test: greedy episodes.
     if rank == 0:
         test_videos = run_folder / "test_videos" if args.capture_video else None
-        test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()
+        results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
+        test_return = results.returns.mean()
         fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
-        print(f"mean return of {TEST_EPISODES} test episodes: {test_return:.1f}, run: {run_folder}")
+        print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
         logger.finalize("success")
 
 

@@ -34,13 +34,14 @@ from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from rl.channel import PLAYER, Channel
 from rl.checkpoint import save_checkpoint
 from rl.distributions import draw_action_noise
-from rl.envs import check_environment, make_envs, record_training, reset_envs
-from rl.evaluate import TEST_EPISODES, evaluate
-from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
+from rl.envs import make_envs, read_spaces, record_training, reset_envs
+from rl.evaluate import evaluate
+from rl.gae import generalized_advantage_estimation
 from rl.launch import Ranks, leave, read_ranks
 from rl.lightning_agent import LightningAgent
 from rl.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
+from rl.normalize import moments, normalize_advantages
 from rl.placement import place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
@@ -74,12 +75,12 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
     # Environments
     record = record_training(run_folder / "train_videos") if args.capture_video else None
-    envs = make_envs(args.env_id, args.num_envs, record)
+    envs = make_envs(args, args.num_envs, record)
     observations = reset_envs(envs, args.seed, 0)
 
     # Agent: it only acts here, with the weights that arrive. Its optimizer only receives the state to save.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = LightningAgent(envs.single_observation_space, envs.single_action_space, args).to(fabric.device)
+    agent = LightningAgent(*read_spaces(args), args).to(fabric.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     # Loop over updates
@@ -98,13 +99,20 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         )
         rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
 
+        # Normalise: the statistics of the observations count from the next rollout on.
+        if args.normalize_observations:
+            agent.observation_normalizer.update(moments(rollout.raw_observations))
+        if args.normalize_rewards:
+            agent.reward_normalizer.update(agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones))
+        rewards = agent.reward_normalizer(rollout.rewards)
+
         # Advantages, normalised over the whole batch
         advantages = generalized_advantage_estimation(
-            rollout.rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
+            rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
         )
         returns = advantages + rollout.values
         if args.normalize_advantages:
-            advantages = normalize_advantages(advantages, advantage_moments(advantages))
+            advantages = normalize_advantages(advantages, moments(advantages))
         rows = Batch.from_rollout(rollout, advantages, returns).pack()
 
         # Share: all rows to every trainer, or a random part to each.
@@ -130,9 +138,10 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
     # Test: greedy episodes.
     test_videos = run_folder / "test_videos" if args.capture_video else None
-    test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()
+    results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
+    test_return = results.returns.mean()
     fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
-    print(f"mean return of {TEST_EPISODES} test episodes: {test_return:.1f}, run: {run_folder}")
+    print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
     logger.finalize("success")
 
 
@@ -149,10 +158,10 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     fabric.launch()
 
     # Agent: the plain one is sent to the player; the wrapped one only takes gradient steps.
-    spaces = check_environment(args.env_id)
+    observation_space, action_space = read_spaces(args)
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = LightningAgent(*spaces, args)
-    template = Batch.empty(*spaces)
+    agent = LightningAgent(observation_space, action_space, args)
+    template = Batch.empty(observation_space, agent.distribution)
 
     # Optimizer
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -178,6 +187,10 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
                 fabric.backward(losses[-1].loss)
                 fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
                 optimizer.step()
+            if args.target_kl is not None:
+                kl = channel.trainers.all_reduce(losses[-1].approx_kl.clone())
+                if kl / num_trainers > args.target_kl:
+                    break
         channel.send_losses(sum_losses(losses))
     channel.send_weights(agent)
     channel.check_weights(agent, args.num_updates)

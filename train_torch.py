@@ -24,13 +24,14 @@ from rl.agent import Agent
 from rl.agreement import check_agreement, weights_checksum
 from rl.checkpoint import save_checkpoint
 from rl.distributions import draw_action_noise
-from rl.envs import make_envs, record_training, reset_envs
-from rl.evaluate import TEST_EPISODES, evaluate
-from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
+from rl.envs import make_envs, read_spaces, record_training, reset_envs
+from rl.evaluate import evaluate
+from rl.gae import generalized_advantage_estimation
 from rl.launch import leave, read_ranks
 from rl.loss import ppo_loss
 from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
+from rl.normalize import moments, normalize_advantages
 from rl.placement import place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
@@ -57,12 +58,12 @@ def main(args: TorchArgs) -> None:
     # Environments: all different, over ranks and within a rank. The first of all is recorded.
     env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
     record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
-    envs = make_envs(args.env_id, args.num_envs, record)
+    envs = make_envs(args, args.num_envs, record)
     observations = reset_envs(envs, args.seed, env_indices[0])
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    agent = Agent(*read_spaces(args), args).to(device)
     ddp_agent = DistributedDataParallel(agent) if world_size > 1 else agent
 
     # Optimizer
@@ -78,22 +79,33 @@ def main(args: TorchArgs) -> None:
         noise = draw_action_noise(agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update)
         rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
 
+        # Normalise: statistics over all ranks; those of the observations count from the next rollout on.
+        if args.normalize_observations:
+            sums = moments(rollout.raw_observations)
+            dist.all_reduce(sums)
+            agent.observation_normalizer.update(sums)
+        if args.normalize_rewards:
+            sums = agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones)
+            dist.all_reduce(sums)
+            agent.reward_normalizer.update(sums)
+        rewards = agent.reward_normalizer(rollout.rewards)
+
         # Advantages, normalised over all ranks
         advantages = generalized_advantage_estimation(
-            rollout.rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
+            rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
         )
         returns = advantages + rollout.values
         if args.normalize_advantages:
-            moments = advantage_moments(advantages)
-            dist.all_reduce(moments)
-            advantages = normalize_advantages(advantages, moments)
+            sums = moments(advantages)
+            dist.all_reduce(sums)
+            advantages = normalize_advantages(advantages, sums)
         batch = Batch.from_rollout(rollout, advantages, returns)
 
         # Share: every rank receives the rows of all ranks.
         if args.share_data:
             rows = batch.pack()
             all_rows = rows.new_empty(world_size * len(rows), rows.shape[1])
-            dist.all_gather_into_tensor(all_rows, rows)
+            dist.all_gather_single(all_rows, rows)
             batch = batch.unpack(all_rows)
 
         # Optimize: the backward pass averages the gradients over all ranks, so all take the same step.
@@ -105,12 +117,17 @@ def main(args: TorchArgs) -> None:
                 losses[-1].loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
                 optimizer.step()
+            if args.target_kl is not None:
+                kl = losses[-1].approx_kl.clone()
+                dist.all_reduce(kl)
+                if kl / world_size > args.target_kl:
+                    break
 
         # Guard: all ranks hold the same weights.
         if update in (1, args.num_updates):
             checksum = weights_checksum(agent)
             checksums = checksum.new_empty(world_size)
-            dist.all_gather_into_tensor(checksums, checksum)
+            dist.all_gather_single(checksums, checksum)
             check_agreement(checksums, update)
 
         # Log: means over all ranks. Where no episode ended, the last mean return stands.
@@ -133,9 +150,10 @@ def main(args: TorchArgs) -> None:
     # Test: greedy episodes.
     if rank == 0:
         test_videos = run_folder / "test_videos" if args.capture_video else None
-        test_return = evaluate(agent, args.env_id, TEST_EPISODES, args.seed, test_videos).mean()
+        results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
+        test_return = results.returns.mean()
         logger.add_scalar("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
-        print(f"mean return of {TEST_EPISODES} test episodes: {test_return:.1f}, run: {run_folder}")
+        print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
         logger.close()
 
 

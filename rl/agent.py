@@ -1,45 +1,66 @@
-"""The agent: a policy and a value function, each a small network of its own."""
+"""The agent: a policy and a value function, each a small network of its own on the features of an observation."""
 
 from itertools import pairwise
 
 import gymnasium as gym
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import Tensor, nn
 
-from rl.args import NetworkArgs
-from rl.distributions import Categorical
+from rl.args import CommonArgs
+from rl.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, MultiCategorical
+from rl.encoders import Encoder
+from rl.normalize import ObservationNormalizer, RewardNormalizer
 
-HIDDEN_SIZES = (64, 64)
+DISTRIBUTIONS: dict[type[gym.Space], type[Distribution]] = {
+    Discrete: Categorical,
+    MultiDiscrete: MultiCategorical,
+    MultiBinary: Bernoulli,
+    Box: DiagonalGaussian,
+}
 
 
 class Agent(nn.Module):
-    """Policy (actor) and value function (critic).
+    """Policy (actor) and value function (critic), on features that they share where there are images.
+
+    What acts and what learns takes observations that went through `observation_normalizer`.
 
     Args:
-        observation_space: flat, shape [D].
-        action_space: decides the distribution of the actions.
-        args: `activation_function` of the hidden layers; `ortho_init` initialises the layers orthogonally, with
-            gain √2, and 0.01 for the policy's output, so that the first policy is close to uniform.
+        observation_space: as the environment declares it.
+        action_space: as the environment declares it; it decides the distribution of the actions.
+        args: `hidden_sizes` and `activation_function` of the hidden layers; `ortho_init` initialises the layers
+            orthogonally, with gain √2, and 0.01 for the policy's output, so that the first policy is close to
+            uniform; `normalize_observations` and `normalize_rewards`.
     """
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete, args: NetworkArgs) -> None:
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: CommonArgs) -> None:
         super().__init__()
-        self.distribution = Categorical(action_space)
-        num_inputs, num_outputs = observation_space.shape[0], self.distribution.num_outputs
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation_function]
-        self.actor = _multilayer_perceptron(num_inputs, num_outputs, activation, 0.01 if args.ortho_init else None)
-        self.critic = _multilayer_perceptron(num_inputs, 1, activation, 1.0 if args.ortho_init else None)
+        self.distribution = DISTRIBUTIONS[type(action_space)](action_space)
+        self.encoder = Encoder(observation_space, activation)
+        self.actor = _perceptron(
+            self.encoder.num_features, args.hidden_sizes, self.distribution.num_outputs, activation
+        )
+        self.critic = _perceptron(self.encoder.num_features, args.hidden_sizes, 1, activation)
+        if args.ortho_init:
+            for network, output_gain in ((self.encoder, 2**0.5), (self.actor, 0.01), (self.critic, 1.0)):
+                _initialize_orthogonally(network, output_gain)
+        self.observation_normalizer, self.reward_normalizer = nn.Identity(), nn.Identity()
+        if args.normalize_observations:
+            self.observation_normalizer = ObservationNormalizer(observation_space)
+        if args.normalize_rewards:
+            self.reward_normalizer = RewardNormalizer(args.num_envs, args.gamma)
 
     def act(self, observations: Tensor, noise: Tensor) -> Tensor:
-        """Sample actions [...] for observations [..., D] with noise from the distribution's `draw_noise`."""
-        return self.distribution.sample(self.actor(observations), noise)
+        """Sample actions [...] for observations [..., *shape] with noise from the distribution's `draw_noise`."""
+        return self.distribution.sample(self.actor(self.encoder(observations)), noise)
 
     def act_greedily(self, observations: Tensor) -> Tensor:
-        """Return the most probable actions [...] for observations [..., D]."""
-        return self.distribution.mode(self.actor(observations))
+        """Return the most probable actions [...] for observations [..., *shape]."""
+        return self.distribution.mode(self.actor(self.encoder(observations)))
 
     def value(self, observations: Tensor) -> Tensor:
-        """Return the value function V(s), [...], for observations [..., D]."""
-        return self.critic(observations).squeeze(-1)
+        """Return the value function V(s), [...], for observations [..., *shape]."""
+        return self.critic(self.encoder(observations)).squeeze(-1)
 
     def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities and entropies of the policy, and values, each [...]: all that the loss needs.
@@ -47,21 +68,24 @@ class Agent(nn.Module):
         This is the only path that carries gradients, so it is the one that a wrapper for distributed training
         must see.
         """
-        log_probs, entropies = self.distribution.log_prob_and_entropy(self.actor(observations), actions)
-        return log_probs, entropies, self.value(observations)
+        features = self.encoder(observations)
+        log_probs, entropies = self.distribution.log_prob_and_entropy(self.actor(features), actions)
+        return log_probs, entropies, self.critic(features).squeeze(-1)
 
 
-def _multilayer_perceptron(
-    num_inputs: int, num_outputs: int, activation: type[nn.Module], output_gain: float | None
+def _perceptron(
+    num_inputs: int, hidden_sizes: tuple[int, ...], num_outputs: int, activation: type[nn.Module]
 ) -> nn.Sequential:
-    """Make linear layers with activations between; orthogonal initialisation if an `output_gain` is given."""
+    """Make linear layers with activations between."""
     layers: list[nn.Module] = []
-    for sizes in pairwise((num_inputs, *HIDDEN_SIZES)):
+    for sizes in pairwise((num_inputs, *hidden_sizes)):
         layers += [nn.Linear(*sizes), activation()]
-    layers.append(nn.Linear(HIDDEN_SIZES[-1], num_outputs))
-    if output_gain is not None:
-        linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        for layer, gain in zip(linears, [2**0.5] * len(HIDDEN_SIZES) + [output_gain], strict=True):
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.Linear((num_inputs, *hidden_sizes)[-1], num_outputs))
+
+
+def _initialize_orthogonally(network: nn.Module, output_gain: float) -> None:
+    """Give each layer orthogonal weights of gain √2, the last one of `output_gain`, and no bias."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight, output_gain if layer is layers[-1] else 2**0.5)
+        nn.init.zeros_(layer.bias)

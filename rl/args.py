@@ -1,5 +1,6 @@
 """Every flag of the three scripts: its meaning, its default, its bounds, and what derives from it."""
 
+import json
 import math
 import os
 import re
@@ -10,16 +11,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-from rl.envs import check_environment, resolve_env_id
+from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
 from rl.launch import fail, is_rank_zero, read_ranks, say, wait_for_rank_zero
+from rl.spaces import is_image
 
 
 @dataclass
 class RunArgs:
-    """What is run, and for how long."""
+    """How long is trained, and what is left behind."""
 
-    env_id: str = "CartPole-v1"
-    """Gymnasium id of the environment."""
     total_timesteps: int = 98_304
     """Environment steps in the whole run, over all environments of all processes."""
     seed: int = 42
@@ -28,14 +28,32 @@ class RunArgs:
     """Name of the experiment, part of the name of the run's folder."""
     capture_video: bool = False
     """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
+    test_episodes: int = 10
+    """Greedy episodes after training; their mean return is logged."""
+
+
+@dataclass
+class EnvironmentArgs:
+    """Which environment, and how it is run."""
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium id of the environment."""
+    env_kwargs: tuple[str, ...] = ()
+    """Arguments of the environment, as key=value pairs or JSON: gravity=-5 or '{"gravity": -5}'."""
+    env_backend: Literal["gymnasium", "envpool"] = "gymnasium"
+    """Who runs the environments of the training; EnvPool is faster for those it has (requirements-envpool.txt)."""
+    num_envs: int = 4
+    """Environments of each process that runs environments."""
+    normalize_observations: bool = False
+    """Shift and scale observations by their mean and variance so far, over all ranks; images stay as they are."""
+    normalize_rewards: bool = False
+    """Divide rewards by the standard deviation of the discounted return so far, over all ranks."""
 
 
 @dataclass
 class DataArgs:
-    """How experience is gathered, and how it is cut into minibatches."""
+    """How much experience an update takes, and how it is cut into minibatches."""
 
-    num_envs: int = 4
-    """Environments of each process that runs environments."""
     num_steps: int = 1024
     """Environment steps gathered before each update, over all environments of all processes."""
     per_rank_batch_size: int = 64
@@ -50,6 +68,8 @@ class DataArgs:
 class NetworkArgs:
     """The policy's and the value function's networks."""
 
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Units of each hidden layer."""
     activation_function: Literal["relu", "tanh"] = "relu"
     """Activation of the hidden layers."""
     ortho_init: bool = False
@@ -80,10 +100,12 @@ class PPOArgs:
     """Norm to which larger gradients are clipped."""
     normalize_advantages: bool = True
     """Normalise the advantages of each update over all ranks."""
+    target_kl: float | None = None
+    """End an update after the epoch in which the approximate KL divergence, over all ranks, exceeds this."""
 
 
 @dataclass
-class CommonArgs(PPOArgs, NetworkArgs, DataArgs, RunArgs):
+class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
     """The arguments that all three scripts share."""
 
     log_root: ClassVar[Path]
@@ -96,16 +118,21 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, RunArgs):
         """
         for names, holds, bounds in (
             (("num_envs", "num_steps", "per_rank_batch_size", "update_epochs"), lambda x: x >= 1, "at least 1"),
-            (("total_timesteps",), lambda x: x >= 1, "at least 1"),
+            (("total_timesteps", "test_episodes"), lambda x: x >= 1, "at least 1"),
+            (("hidden_sizes",), lambda sizes: all(x >= 1 for x in sizes), "sizes of at least 1"),
+            (("target_kl",), lambda x: x is None or 0 < x < math.inf, "a finite number above 0"),
             (("seed",), lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
-            (("learning_rate", "clip_coef", "max_grad_norm"), lambda x: 0 < x < math.inf, "a number above 0"),
-            (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a number of at least 0"),
+            (("learning_rate", "clip_coef", "max_grad_norm"), lambda x: 0 < x < math.inf, "a finite number above 0"),
+            (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
             (("exp_name",), lambda x: re.fullmatch(r"[\w.-]+", x), "letters, digits, '.', '_' and '-' only"),
         ):
             for name in names:
                 if not holds(getattr(self, name)):
                     raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {getattr(self, name)!r}")
+        self.env_arguments()
+        if self.capture_video and self.env_backend == "envpool":
+            raise ValueError("--capture-video goes with --env-backend gymnasium: EnvPool draws no pictures")
 
     def check_processes(self, world_size: int) -> None:
         """Check what depends on the number of processes.
@@ -125,6 +152,24 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, RunArgs):
                 f"--total-timesteps {self.total_timesteps} is below --num-steps {rounded.num_steps}: "
                 "there would be no update, so nothing would be trained"
             )
+
+    def env_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the environment that `env_kwargs` names.
+
+        Raises:
+            ValueError: with one line, if they are neither JSON nor key=value pairs.
+        """
+        arguments: dict[str, Any] = {}
+        for text in self.env_kwargs:
+            try:
+                if text.startswith("{"):
+                    arguments |= json.loads(text)
+                else:
+                    key, value = text.split("=", 1)
+                    arguments[key] = _json_or_text(value)
+            except ValueError:
+                raise ValueError(f"--env-kwargs takes key=value pairs or a JSON object, got {text!r}") from None
+        return arguments
 
     def env_processes(self, world_size: int) -> int:
         """Return how many processes run environments."""
@@ -248,7 +293,12 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         args = script_args(**_parse_groups(script_args, argv))
         args.check_processes(world_size)
         args = replace(args, env_id=resolve_env_id(args.env_id))
-        check_environment(args.env_id, args.capture_video)
+        observation_space, action_space = read_spaces(args)
+        if args.normalize_observations and is_image(observation_space):
+            raise ValueError(f"--normalize-observations: the observations of {args.env_id} are images, scaled already")
+        check_backend(args, observation_space, action_space)
+        if args.capture_video:
+            check_video(args)
         _check_log_root(args.log_root)
     except ValueError as error:
         fail(str(error))
@@ -256,6 +306,14 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     if rounded.num_steps != args.num_steps:
         say(f"--num-steps {args.num_steps} rounded up to {rounded.num_steps}, the same for every environment")
     return rounded
+
+
+def _json_or_text(value: str) -> Any:
+    """Return what `value` means in JSON, such as a number or true, else `value` itself."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _check_log_root(log_root: Path) -> None:

@@ -1,21 +1,28 @@
-"""Environments: which are supported, how a vector of them is made, seeded and recorded."""
+"""Environments: checked, made to step together, seeded and recorded."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DeprecatedEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.wrappers import FlattenObservation, RecordVideo
+from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from rl.launch import say
 from rl.seeding import Purpose, stream_seed
+from rl.spaces import check_action_space, is_image, observation_parts
 
+if TYPE_CHECKING:
+    from rl.args import EnvironmentArgs
+
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, no display is asked for
 gym.logger.min_level = gym.logger.ERROR  # its warnings are for authors of environments
 
 
@@ -29,32 +36,56 @@ def resolve_env_id(env_id: str) -> str:
         say(f"{env_id} is retired, running its successor {successor}")
         return successor
     except gym.error.Error:
-        pass  # an id that names a module to import, or a mistake that `check_environment` reports
+        pass  # an id that names a module to import, or a mistake that `read_spaces` reports
     return env_id
 
 
-def check_environment(env_id: str, capture_video: bool = False) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
-    """Make the environment once and return its observation space, flat as in `make_env`, and its action space.
+def read_spaces(args: "EnvironmentArgs") -> tuple[gym.Space, gym.Space]:
+    """Make the environment once and return its observation space and its action space.
 
     Raises:
-        ValueError: in one line, if it cannot be made, or has a space that is not supported, or videos are wanted
-            and the environment draws no pictures or the package that writes videos is missing.
+        ValueError: in one line, if it cannot be made or has a space that is not supported.
     """
     try:
-        with gym.make(env_id) as env:
+        with _make(args) as env:
             observation_space, action_space = env.observation_space, env.action_space
-            render_modes = env.metadata.get("render_modes", [])
-    except (gym.error.Error, ImportError) as error:
-        raise ValueError(f"cannot make the environment {env_id}: {' '.join(str(error).split())}") from None
-    if not isinstance(observation_space, gym.spaces.Box):
-        raise ValueError(f"{env_id} has the observation space {observation_space}; supported is Box")
-    if not isinstance(action_space, gym.spaces.Discrete):
-        raise ValueError(f"{env_id} has the action space {action_space}; supported is Discrete")
-    if capture_video and "rgb_array" not in render_modes:
-        raise ValueError(f"--capture-video: {env_id} has no render mode rgb_array to record")
-    if capture_video and find_spec("moviepy") is None:
-        raise ValueError("--capture-video needs the package moviepy: pip install -r requirements.txt")
-    return gym.spaces.flatten_space(observation_space), action_space
+    except Exception as error:  # whatever the environment's own code raises
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot make the environment {args.env_id}: {reason}") from None
+    try:
+        observation_parts(observation_space)
+        check_action_space(action_space)
+    except ValueError as error:
+        raise ValueError(f"{args.env_id}: {error}") from None
+    return observation_space, action_space
+
+
+def check_backend(args: "EnvironmentArgs", observation_space: gym.Space, action_space: gym.Space) -> None:
+    """Check that the backend has the environment.
+
+    Raises:
+        ValueError: in one line, if not.
+    """
+    if args.env_backend == "gymnasium":
+        return
+    if find_spec("envpool") is None:
+        raise ValueError("--env-backend envpool needs EnvPool: pip install -r requirements-envpool.txt")
+    from rl.envpool_envs import check_envpool  # here, because EnvPool is optional
+
+    check_envpool(args, observation_space, action_space)
+
+
+def check_video(args: "EnvironmentArgs") -> None:
+    """Check that episodes can be recorded.
+
+    Raises:
+        ValueError: in one line, if the environment draws no pictures or the package that writes videos is missing.
+    """
+    with _make(args) as env:
+        if "rgb_array" not in env.metadata.get("render_modes", []):
+            raise ValueError(f"{args.env_id} has no render mode rgb_array, so no video can be recorded")
+    if find_spec("moviepy") is None:
+        raise ValueError("videos need the package moviepy: pip install -r requirements.txt")
 
 
 def record_training(folder: Path) -> Callable[[gym.Env], gym.Env]:
@@ -67,19 +98,26 @@ def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env
     return lambda env: RecordVideo(env, str(folder), name_prefix=name, episode_trigger=lambda episode: episode == 0)
 
 
-def make_envs(env_id: str, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> VectorEnv:
-    """Make environments that step together, with flat observations and episode statistics.
+def make_envs(args: "EnvironmentArgs", num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> VectorEnv:
+    """Make environments that step together, with episode statistics; observations are images, or flat.
 
     Args:
-        env_id: Gymnasium id.
+        args: all of `EnvironmentArgs` but `num_envs`.
         num_envs: number of environments.
         record: wraps the first environment to record it. The others never render: in LunarLander a render mode
             alone makes every step three times slower.
     """
 
     def make_env(record: Callable[[gym.Env], gym.Env] | None) -> gym.Env:
-        env = record(gym.make(env_id, render_mode="rgb_array")) if record else gym.make(env_id)
-        return env if len(env.observation_space.shape) == 1 else FlattenObservation(env)
+        env = record(_make(args, render_mode="rgb_array")) if record else _make(args)
+        space = env.observation_space
+        is_flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        return env if is_flat or is_image(space) else FlattenObservation(env)
+
+    if args.env_backend == "envpool":
+        from rl.envpool_envs import EnvPoolEnvs  # here, because EnvPool is optional
+
+        return RecordEpisodeStatistics(EnvPoolEnvs(args, num_envs, *read_spaces(args)))
 
     # SAME_STEP: the step that ends an episode also resets the environment. It returns the new episode's first
     # observation, and the final one in `info["final_obs"]`. Gymnasium's default would insert a step that ignores
@@ -93,7 +131,7 @@ def make_envs(env_id: str, num_envs: int, record: Callable[[gym.Env], gym.Env] |
 
 
 def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = Purpose.ENVIRONMENT) -> np.ndarray:
-    """Reset all environments, each with its own seed, and return their first observations [N, D].
+    """Reset all environments, each with its own seed, and return their first observations [N, *shape].
 
     Args:
         envs: N environments.
@@ -104,3 +142,17 @@ def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = 
     indices = range(first_index, first_index + envs.num_envs)
     observations, _ = envs.reset(seed=[stream_seed(seed, purpose, index) for index in indices])
     return observations
+
+
+def _make(args: "EnvironmentArgs", **kwargs: Any) -> gym.Env:
+    """Make one environment; Atari's is given the customary preprocessing (Machado et al. 2018)."""
+    kwargs |= args.env_arguments()
+    if not args.env_id.startswith("ALE/"):
+        return gym.make(args.env_id, **kwargs)
+    if find_spec("ale_py") is None or find_spec("cv2") is None:
+        raise ImportError("Atari needs more packages: pip install -r requirements-atari.txt")
+    import ale_py  # here, because it is optional; it registers the games
+
+    gym.register_envs(ale_py)
+    env = gym.make(args.env_id, frameskip=1, **kwargs)
+    return FrameStackObservation(AtariPreprocessing(env, frame_skip=4), 4)

@@ -1,45 +1,131 @@
-"""Evaluation: whole episodes with the greedy policy."""
+"""Evaluation: whole episodes of a trained agent.
 
+    python -m rl.evaluate RUN_OR_CHECKPOINT [--episodes 100] [--seed 10000] [--stochastic] [--video DIR]
+
+The run alone says which environment, which network and which statistics; the last line is for programs:
+`mean_return=243.10 std_return=31.20 episodes=100`.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 
 from rl.agent import Agent
-from rl.envs import make_envs, record_first_episode, reset_envs
+from rl.args import EnvironmentArgs
+from rl.checkpoint import load_agent
+from rl.distributions import draw_action_noise
+from rl.envs import check_video, make_envs, record_first_episode, reset_envs
+from rl.launch import fail, say
 from rl.seeding import Purpose
+from rl.spaces import stored_dtype
 
-TEST_EPISODES = 10
+AT_ONCE = 100  # environments that step together
+LONGEST_EPISODE = 27_000  # steps, for environments without a time limit
+NOISE_STEPS = 256  # steps for which action noise is drawn at once
+
+
+class Results(NamedTuple):
+    """What the episodes gave."""
+
+    returns: np.ndarray  # float64 [episodes]
+    lengths: np.ndarray  # int64 [episodes]
 
 
 @torch.inference_mode()
-def evaluate(agent: Agent, env_id: str, episodes: int, seed: int, video_folder: Path | None = None) -> np.ndarray:
-    """Return the return of each episode, float64 [episodes], acting greedily.
+def evaluate(
+    agent: Agent,
+    args: EnvironmentArgs,
+    episodes: int,
+    seed: int,
+    stochastic: bool = False,
+    video_folder: Path | None = None,
+) -> Results:
+    """Run whole episodes, with the statistics of normalisation as they are.
 
     Episode k has its own seed, so the episodes are the same however many run at once. Each environment runs one
-    episode only: to take the first that end would favour short ones.
+    episode only: to take the first that end would favour short ones. One without an end is cut after 27,000 steps.
 
     Args:
         agent: the policy.
-        env_id: Gymnasium id.
+        args: of the environment.
         episodes: number of episodes.
         seed: seed of the test.
+        stochastic: sample the actions instead of taking the most probable ones.
         video_folder: where every episode is recorded. They then run one by one, since the frames of a whole
             episode are held in memory.
     """
     device = next(agent.parameters()).device
-    returns = np.full(episodes, np.nan)
-    at_once = 1 if video_folder else episodes
+    args = replace(args, env_backend="gymnasium")
+    returns, lengths = np.full(episodes, np.nan), np.zeros(episodes, dtype=np.int64)
+    at_once = 1 if video_folder else AT_ONCE
     for first in range(0, episodes, at_once):
+        running = range(first, min(first + at_once, episodes))
         record = record_first_episode(video_folder, f"test-{first}") if video_folder else None
-        envs = make_envs(env_id, at_once, record)
+        envs = make_envs(args, len(running), record)
+        dtype = getattr(torch, stored_dtype(envs.single_observation_space))
         observations = reset_envs(envs, seed, first, Purpose.TEST)
-        block = returns[first : first + at_once]
-        while np.isnan(block).any():
-            actions = agent.act_greedily(torch.tensor(observations, dtype=torch.float32, device=device))
-            observations, _, _, _, info = envs.step(actions.cpu().numpy())
+        block = slice(running.start, running.stop)
+        step = 0
+        while np.isnan(returns[block]).any():
+            observed = agent.observation_normalizer(torch.tensor(observations, dtype=dtype, device=device))
+            if stochastic:
+                if step % NOISE_STEPS == 0:
+                    noise = draw_action_noise(agent.distribution, NOISE_STEPS, running, seed, step).to(device)
+                actions = agent.act(observed, noise[step % NOISE_STEPS])
+            else:
+                actions = agent.act_greedily(observed)
+            observations, _, _, _, info = envs.step(agent.distribution.to_env(actions.cpu()).numpy())
             if "episode" in info:
-                first_end = info["_episode"] & np.isnan(block)
-                block[first_end] = info["episode"]["r"][first_end]
+                first_end = info["_episode"] & np.isnan(returns[block])
+                returns[block][first_end] = info["episode"]["r"][first_end]
+                lengths[block][first_end] = info["episode"]["l"][first_end]
+            step += 1
+            if step == LONGEST_EPISODE:
+                endless = np.isnan(returns[block])
+                returns[block][endless], lengths[block][endless] = envs.episode_returns[endless], step
+                say(f"{endless.sum()} test episodes had no end after {step} steps and count as they stood")
         envs.close()
-    return returns
+    return Results(returns, lengths)
+
+
+@dataclass
+class EvaluateArgs:
+    """Run whole episodes of a trained agent and print what they gave."""
+
+    run_or_checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, whose last checkpoint is taken, or a checkpoint."""
+    episodes: int = 100
+    """Number of episodes."""
+    seed: int = 10_000
+    """Seed of the episodes."""
+    stochastic: bool = False
+    """Sample the actions instead of taking the most probable ones."""
+    video: Path | None = None
+    """Folder into which every episode is recorded."""
+
+
+def main() -> None:
+    """Evaluate from the command line."""
+    options = tyro.cli(EvaluateArgs, description=EvaluateArgs.__doc__)
+    torch.set_num_threads(1)
+    try:
+        if options.episodes < 1:
+            raise ValueError(f"--episodes must be at least 1, got {options.episodes}")
+        agent, args = load_agent(options.run_or_checkpoint)
+        if options.video:
+            check_video(args)
+    except ValueError as error:
+        fail(str(error))
+    results = evaluate(agent, args, options.episodes, options.seed, options.stochastic, options.video)
+    for name, values in zip(("return", "length"), results, strict=True):
+        print(f"{name}: mean {values.mean():.2f}, std {values.std():.2f}, min {values.min():g}, max {values.max():g}")
+    returns = results.returns
+    print(f"mean_return={returns.mean():.2f} std_return={returns.std():.2f} episodes={len(returns)}")
+
+
+if __name__ == "__main__":
+    main()

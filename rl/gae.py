@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-ADVANTAGE_EPSILON = 1e-8
-
 
 @torch.no_grad()
 def generalized_advantage_estimation(
@@ -35,25 +33,3 @@ def generalized_advantage_estimation(
     for t in reversed(range(len(deltas))):
         advantage = torch.addcmul(deltas[t], decay[t], advantage, out=advantages[t])
     return advantages
-
-
-def advantage_moments(advantages: Tensor) -> Tensor:
-    """Return count, sum and sum of squares, float64 [3]: added up over ranks they give the moments of all."""
-    exact = advantages.double()
-    return torch.stack([exact.new_tensor(exact.numel()), exact.sum(), exact.square().sum()])
-
-
-def normalize_advantages(advantages: Tensor, moments: Tensor) -> Tensor:
-    """Return (A - mean) / (std + 1e-8), of the shape of `advantages`.
-
-    The moments are those of the whole global batch, so that the result does not depend on how the batch is cut
-    into ranks and minibatches.
-
-    Args:
-        advantages: any shape.
-        moments: count, sum and sum of squares, as `advantage_moments` returns them.
-    """
-    count, total, total_square = moments
-    mean = total / count
-    std = (total_square / count - mean.square()).clamp(min=0).sqrt()
-    return ((advantages - mean) / (std + ADVANTAGE_EPSILON)).float()

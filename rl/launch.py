@@ -26,7 +26,7 @@ def read_ranks() -> Ranks:
     (`torch.distributed`) finds the same world.
 
     Raises:
-        SystemExit: if only some of the variables are set, or one is no number.
+        SystemExit: if only some of the variables are set, or they name no process.
     """
     missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
     if len(missing) == len(LAUNCH_VARIABLES):
@@ -35,15 +35,15 @@ def read_ranks() -> Ranks:
         )
     elif missing:
         fail(f"the launcher's variable {missing[0]} is not set: start with `torchrun`, `fabric run` or plain `python`")
-    try:
-        return Ranks(*(int(os.environ[name]) for name in LAUNCH_VARIABLES[:4]))
-    except ValueError as error:
-        fail(f"the launcher's variables RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE must be numbers: {error}")
+    values = [os.environ[name] for name in LAUNCH_VARIABLES[:4]]
+    if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[2]):
+        fail(f"the launcher's variables {', '.join(LAUNCH_VARIABLES[:4])} name no process: {', '.join(values)}")
+    return Ranks(*map(int, values))
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process is the one that talks to the user; without a whole launch every process does."""
+    return os.environ["RANK"] == "0" if all(name in os.environ for name in LAUNCH_VARIABLES) else True
 
 
 def say(message: str) -> None:

@@ -1,6 +1,7 @@
 """The agent as a LightningModule, for the scripts with Fabric."""
 
 import logging
+import warnings
 
 import gymnasium as gym
 from lightning import LightningModule
@@ -10,13 +11,15 @@ from rl.args import CommonArgs
 from rl.loss import Losses, ppo_loss
 from rl.minibatch import Batch
 
-logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # a normal run is quiet
+# A normal run is quiet: of processes that meet, and of what Fabric 2.6 calls and PyTorch 2.13 deprecates.
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
 
 
 class LightningAgent(Agent, LightningModule):
     """The same agent, with the step that Fabric sends through the wrapped module."""
 
-    def __init__(self, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete, args: CommonArgs) -> None:
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: CommonArgs) -> None:
         super().__init__(observation_space, action_space, args)
         self.args = args
 

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from rl.args import CommonArgs
+from rl.distributions import Distribution
 from rl.rollout import Rollout
 from rl.seeding import Purpose, stream
+from rl.spaces import stored_dtype, stored_space
 
 
 class Batch(NamedTuple):
     """B rows of experience, in no order that matters."""
 
-    observations: Tensor  # float32 [B, D]
-    actions: Tensor  # [B]
+    observations: Tensor  # [B, *shape], normalised
+    actions: Tensor  # [B, ...]
     log_probs: Tensor  # float32 [B]
     values: Tensor  # float32 [B]
     advantages: Tensor  # float32 [B]
@@ -34,10 +36,15 @@ class Batch(NamedTuple):
         return cls(*(field.transpose(0, 1).flatten(0, 1) for field in fields))
 
     @classmethod
-    def empty(cls, observation_space: gym.spaces.Box, action_space: gym.spaces.Discrete) -> "Batch":
-        """Return a batch without rows: it holds the shapes and types that `unpack` needs."""
-        action = torch.from_numpy(np.empty((0, *action_space.shape), dtype=action_space.dtype))
-        return cls(torch.empty(0, *observation_space.shape), action, *(torch.empty(0) for _ in range(4)))
+    def empty(cls, observation_space: gym.Space, distribution: Distribution) -> "Batch":
+        """Return a batch without rows: it holds the shapes and types that `unpack` needs.
+
+        Args:
+            observation_space: as the environment declares it.
+            distribution: of the actions.
+        """
+        observations = np.empty((0, *stored_space(observation_space).shape), stored_dtype(observation_space))
+        return cls(torch.from_numpy(observations), distribution.empty_actions(0), *(torch.empty(0) for _ in range(4)))
 
     def pack(self) -> Tensor:
         """Return the rows as bytes, uint8 [B, bytes of a row]: one message, whatever the types."""

@@ -8,13 +8,17 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from rl.agent import Agent
+from rl.spaces import stored_dtype
+
+ROWS_AT_ONCE = 2048  # bounds the memory that a convolutional network takes for a whole rollout
 
 
 class Rollout(NamedTuple):
     """T steps of N environments. Step t of an environment is one row of experience."""
 
-    observations: Tensor  # float32 [T, N, D], s_t
-    actions: Tensor  # [T, N], a_t
+    raw_observations: Tensor  # [T, N, *shape], as the environment gave them
+    observations: Tensor  # [T, N, *shape], normalised s_t
+    actions: Tensor  # [T, N, ...], a_t
     log_probs: Tensor  # float32 [T, N], log π(a_t | s_t)
     rewards: Tensor  # float32 [T, N], r_t
     dones: Tensor  # bool [T, N], whether step t ended an episode
@@ -41,30 +45,32 @@ def collect_rollout(
     Args:
         agent: the policy and the value function.
         envs: N environments that reset in the step that ends an episode.
-        observations: [N, D], where the environments are now.
+        observations: [N, *shape], where the environments are now.
         noise: [T, N, ...], the action noise of the whole rollout.
 
     Returns:
-        The rollout on the agent's device, the observations [N, D] to go on from, and the episodes that ended.
+        The rollout on the agent's device, the observations [N, *shape] to go on from, and the episodes that ended.
     """
     device = next(agent.parameters()).device
     shape = noise.shape[:2]  # T, N
     noise = noise.to(device)
     # Torch allocates what the network reads, at addresses that are aligned: the last bit of a matrix product depends
-    # on that. NumPy's views of it are filled by the environments.
-    observed = torch.empty(len(noise) + 1, *observations.shape)
-    acted = torch.from_numpy(np.empty((*shape, *envs.single_action_space.shape), envs.single_action_space.dtype))
-    all_observations, actions = observed.numpy(), acted.numpy()
+    # on that. The environments fill NumPy's view of it.
+    dtype = getattr(torch, stored_dtype(envs.single_observation_space))
+    raw = torch.empty(len(noise) + 1, *observations.shape, dtype=dtype)
+    acted = agent.distribution.empty_actions(*shape)
+    raw_observations = raw.numpy()
     rewards = np.empty(shape, dtype=np.float32)
     terminations = np.empty(shape, dtype=bool)
     truncations = np.empty(shape, dtype=bool)
     final_observations: dict[tuple[int, int], np.ndarray] = {}
     episodes = Episodes([], [])
 
-    all_observations[0] = observations
+    raw_observations[0] = observations
     for t in range(len(noise)):
-        acted[t] = agent.act(observed[t].to(device), noise[t])
-        all_observations[t + 1], rewards[t], terminations[t], truncations[t], info = envs.step(actions[t])
+        acted[t] = agent.act(agent.observation_normalizer(raw[t].to(device)), noise[t])
+        step = envs.step(agent.distribution.to_env(acted[t]).numpy())
+        raw_observations[t + 1], rewards[t], terminations[t], truncations[t], info = step
         if "final_obs" in info:
             for env in info["_final_obs"].nonzero()[0]:
                 final_observations[t, env] = info["final_obs"][env]
@@ -72,15 +78,19 @@ def collect_rollout(
             episodes.lengths.extend(info["episode"]["l"][info["_episode"]].tolist())
 
     # Everything else follows from the whole at once, which is faster than step by step.
-    observed, acted = observed.to(device), acted.to(device)
-    log_probs, _, values = agent(observed[:-1], acted)
+    raw, acted = raw.to(device), acted.to(device)
+    observed = agent.observation_normalizer(raw)
+    steps_at_once = max(1, ROWS_AT_ONCE // shape[1])
+    blocks = zip(observed[:-1].split(steps_at_once), acted.split(steps_at_once), strict=True)
+    log_probs, _, values = map(torch.cat, zip(*(agent(*block) for block in blocks), strict=True))
     next_values = torch.cat([values[1:], agent.value(observed[-1:])])
     if final_observations:
         steps, indices = zip(*final_observations, strict=True)
-        finals = torch.tensor(np.stack(list(final_observations.values())), dtype=torch.float32, device=device)
-        next_values[steps, indices] = agent.value(finals)
+        finals = torch.tensor(np.stack(list(final_observations.values())), dtype=dtype, device=device)
+        next_values[steps, indices] = agent.value(agent.observation_normalizer(finals))
     terminated = torch.from_numpy(terminations).to(device)
     rollout = Rollout(
+        raw_observations=raw[:-1],
         observations=observed[:-1],
         actions=acted,
         log_probs=log_probs,
@@ -89,4 +99,4 @@ def collect_rollout(
         values=values,
         next_values=next_values.masked_fill(terminated, 0.0),
     )
-    return rollout, all_observations[-1], episodes
+    return rollout, raw_observations[-1], episodes

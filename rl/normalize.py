@@ -1,0 +1,116 @@
+"""Normalisation of advantages, observations and rewards, with statistics over all ranks.
+
+Statistics travel as moments, which add up over ranks: so every rank uses the same.
+"""
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rl.spaces import Image, observation_parts
+
+ADVANTAGE_EPSILON = 1e-8
+VARIANCE_EPSILON = 1e-8
+LARGEST = 10.0  # normalised observations and rewards are clipped to ±10
+
+
+def moments(samples: Tensor) -> Tensor:
+    """Return count, sum and sum of squares over the first two axes of [T, N, ...], float64 [3, ...]."""
+    exact = samples.double()
+    count = torch.full_like(exact[0, 0], exact.shape[0] * exact.shape[1])
+    return torch.stack([count, exact.sum((0, 1)), exact.square().sum((0, 1))])
+
+
+def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance, float64 [...] each, of samples with these moments [3, ...]."""
+    count, total, total_square = moments
+    mean = total / count
+    return mean, (total_square / count - mean.square()).clamp(min=0)
+
+
+def normalize_advantages(advantages: Tensor, moments: Tensor) -> Tensor:
+    """Return (A - mean) / (std + 1e-8), float32 [T, N].
+
+    The moments are those of the whole global batch, so that the result does not depend on how the batch is cut
+    into ranks and minibatches.
+
+    Args:
+        advantages: [T, N].
+        moments: count, sum and sum of squares, float64 [3].
+    """
+    mean, variance = mean_and_variance(moments)
+    return ((advantages - mean) / (variance.sqrt() + ADVANTAGE_EPSILON)).float()
+
+
+class ObservationNormalizer(nn.Module):
+    """Shifts and scales observations to mean 0 and variance 1 of all observations so far; images stay as they are.
+
+    During a rollout and the update that learns from it the statistics stand still, so that the policy that is
+    improved is the one that acted.
+    """
+
+    moments: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, observation_space: gym.Space) -> None:
+        super().__init__()
+        parts = observation_parts(observation_space)
+        is_vector = torch.cat([torch.full((part.size,), not isinstance(part, Image)) for part in parts])
+        self.register_buffer("is_vector", is_vector, persistent=False)
+        self.register_buffer("moments", torch.zeros(3, len(is_vector), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(len(is_vector)))
+        self.register_buffer("std", torch.ones(len(is_vector)))
+
+    def update(self, new_moments: Tensor) -> None:
+        """Add the moments of new observations, summed over all ranks, float64 [3, D]."""
+        self.moments += new_moments
+        mean, variance = mean_and_variance(self.moments)
+        self.mean.copy_(mean)
+        self.std.copy_((variance + VARIANCE_EPSILON).sqrt())
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return normalised observations, float32 [..., D]."""
+        normalized = ((observations - self.mean) / self.std).clamp(-LARGEST, LARGEST)
+        return torch.where(self.is_vector, normalized, observations)
+
+
+class RewardNormalizer(nn.Module):
+    """Divides rewards by the standard deviation of the discounted sum of rewards so far (Engstrom et al. 2020).
+
+    Args:
+        num_envs: N, environments of this process.
+        gamma: discount factor.
+    """
+
+    moments: Tensor
+
+    def __init__(self, num_envs: int, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.sums = np.zeros(num_envs)  # where the discounted sum of each environment stands
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
+
+    def new_moments(self, rewards: Tensor, dones: Tensor) -> Tensor:
+        """Return the moments, float64 [3], of R_t = γ R_{t-1} + r_t, which starts anew with each episode.
+
+        Args:
+            rewards: r_t, [T, N].
+            dones: whether step t ended an episode, bool [T, N].
+        """
+        all_sums = []
+        for step_rewards, step_dones in zip(rewards.cpu().numpy(), dones.cpu().numpy(), strict=True):
+            sums = self.gamma * self.sums + step_rewards
+            all_sums.append(sums)
+            self.sums = np.where(step_dones, 0.0, sums)
+        return moments(torch.from_numpy(np.stack(all_sums)).to(rewards.device))
+
+    def update(self, new_moments: Tensor) -> None:
+        """Add the moments of new discounted sums, summed over all ranks, float64 [3]."""
+        self.moments += new_moments
+
+    def forward(self, rewards: Tensor) -> Tensor:
+        """Return scaled rewards, float32 [T, N]."""
+        _, variance = mean_and_variance(self.moments)
+        return (rewards / (variance + VARIANCE_EPSILON).sqrt()).clamp(-LARGEST, LARGEST).float()
