@@ -33,7 +33,7 @@ class Progress:
     def show(self, update: int, scalars: dict[str, float]) -> None:
         """Show the state of the run after `update` updates, with the scalars that were logged."""
         num_updates, num_steps = self.args.num_updates, self.args.num_steps
-        mean_return = f"{scalars.get('Rewards/rew_avg', float('nan')):.1f}"
+        mean_return = f"{scalars['Rewards/rew_avg']:.1f}" if "Rewards/rew_avg" in scalars else "none yet"
         self.bar.set_postfix_str(f"update {update}/{num_updates}, return {mean_return}", refresh=False)
         self.bar.update(num_steps)
         if self.plain and (update == num_updates or update % max(1, num_updates // PLAIN_LINES) == 0):

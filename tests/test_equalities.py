@@ -14,8 +14,23 @@ import torch
 from tests.launching import fabric_run, python, run, scalars, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
-ENVIRONMENTS = ("CartPole-v1", "LunarLander-v3")
 FLAGS = ["--total-timesteps", "768", "--num-steps", "256", "--num-envs", "2", "--update-epochs", "3", "--ortho-init"]
+NORMALIZED = ["--normalize-observations", "--normalize-rewards", "--target-kl", "0.02"]
+SHORT_RACE = [
+    "--num-steps",
+    "64",
+    "--total-timesteps",
+    "192",
+    "--env-kwargs",
+    "max_episode_steps=20",
+    "--test-episodes=2",
+]
+ENVIRONMENTS = {
+    "CartPole-v1": FLAGS,
+    "LunarLander-v3": FLAGS,
+    "Pendulum-v1": [*FLAGS, *NORMALIZED],
+    "CarRacing-v3": [*FLAGS, *SHORT_RACE, "--per-rank-batch-size", "16", "--hidden-sizes", "32"],
+}
 DDP = ("--accelerator=cpu", "--strategy=ddp")
 LAUNCHES = {
     "torch 1": partial(python, TORCH),
@@ -44,6 +59,9 @@ class Run:
         self.logged = {tag: points for tag, points in scalars(self.folder).items() if not tag.startswith("Time/")}
 
 
+COSTLY = ("torch 2", "fabric 2", "decoupled 2", "decoupled 2 again")  # left out where time would run away
+
+
 def launch(command: Callable[..., list[str]], folder: Path, *flags: str) -> Run:
     folder.mkdir()
     finished = run(command(*flags), cwd=folder, timeout=120)
@@ -54,13 +72,23 @@ def launch(command: Callable[..., list[str]], folder: Path, *flags: str) -> Run:
 @pytest.fixture(scope="module", params=ENVIRONMENTS)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All launches in one environment, two at a time."""
-    root = tmp_path_factory.mktemp(request.param)
+    env_id = request.param
+    root = tmp_path_factory.mktemp(env_id)
+    launches = dict(LAUNCHES)
+    if env_id in ("Pendulum-v1", "CarRacing-v3"):
+        for name in COSTLY:
+            del launches[name]
     with ThreadPoolExecutor(2) as pool:
         started = {
-            name: pool.submit(launch, command, root / name, *FLAGS, "--env-id", request.param)
-            for name, command in LAUNCHES.items()
+            name: pool.submit(launch, command, root / name, *ENVIRONMENTS[env_id], "--env-id", env_id)
+            for name, command in launches.items()
         }
         return {name: future.result() for name, future in started.items()}
+
+
+def skip_if_left_out(runs: dict[str, Run], name: str) -> None:
+    if name not in runs:
+        pytest.skip("launched for CartPole-v1 and LunarLander-v3 only, to save time")
 
 
 def assert_bit_equal(run: Run, other: Run) -> None:
@@ -74,17 +102,17 @@ def assert_bit_equal(run: Run, other: Run) -> None:
 def test_a_run_trains_and_logs_what_is_compared_here(runs):
     for finished in runs.values():
         assert finished.checkpoint["update"] == 3
-        assert finished.checkpoint["global_step"] == 768
+        assert finished.checkpoint["global_step"] == 3 * finished.checkpoint["args"]["num_steps"]
         steps = {state["step"].item() for state in finished.checkpoint["optimizer"]["state"].values()}
-        assert len(steps) == 1 and steps.pop() >= 3 * 3
+        assert len(steps) == 1 and steps.pop() >= 3
         assert len(finished.logged["Loss/policy_loss"]) == 3
-    assert not torch.equal(
-        runs["torch 1"].tensors["agent actor.0.weight"], runs["torch 2"].tensors["agent actor.0.weight"]
-    )
+    weights = "agent actor.0.weight"
+    assert not torch.equal(runs["torch 1"].tensors[weights], runs["torch 2 shared"].tensors[weights])
 
 
 @pytest.mark.parametrize("launch", ["1", "2", "2 shared"])
 def test_e1_raw_pytorch_equals_fabric_bit_for_bit(runs, launch):
+    skip_if_left_out(runs, f"torch {launch}")
     assert_bit_equal(runs[f"torch {launch}"], runs[f"fabric {launch}"])
 
 
@@ -94,6 +122,7 @@ def test_e2_one_trainer_that_shares_data_equals_one_coupled_process_bit_for_bit(
 
 @pytest.mark.parametrize("launch", ["torch 1", "decoupled 2"])
 def test_e6_the_same_command_twice_is_equal_bit_for_bit(runs, launch):
+    skip_if_left_out(runs, launch)
     assert_bit_equal(runs[launch], runs[f"{launch} again"])
 
 
