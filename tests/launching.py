@@ -1,0 +1,183 @@
+"""Launch the scripts for real: each run in processes of its own, with a hard limit in time and none left behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = ROOT / "tests" / "workers"
+BIN = Path(sys.executable).parent  # not resolved: in a virtual environment python is a link
+
+MARK = "PPO_TEST_LAUNCH"  # every process of a launch inherits this variable with a value of its own
+
+# What a launcher, a cluster, a shell or this pytest may have set and a launch must not inherit. Without
+# XDG_RUNTIME_DIR and SDL_* it is as in a bare container.
+UNWANTED = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
+    r"|(LT|PL|PET|TORCHELASTIC|SLURM|OMPI|PMI|PYTEST|OMP|MKL|SDL)_.*|PYTHON[A-Z]*|XDG_RUNTIME_DIR|COLUMNS"
+)
+
+
+class Finished(NamedTuple):
+    """A launch that has ended by itself."""
+
+    command: list[str]
+    cwd: Path
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+    left: list[str]  # command lines of processes that outlived the launcher; they were killed
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    @property
+    def error_lines(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("error: ")]
+
+
+def python(script: str | Path, *flags: str) -> list[str]:
+    """The command for one process. Relative scripts are those of the repository, here and below."""
+    return [sys.executable, str(ROOT / script), *flags]
+
+
+def torchrun(processes: int, script: str | Path, *flags: str) -> list[str]:
+    return [str(BIN / "torchrun"), f"--nproc_per_node={processes}", "--standalone", str(ROOT / script), *flags]
+
+
+def fabric_run(processes: int, script: str | Path, *flags: str, options: tuple[str, ...] = ()) -> list[str]:
+    """The command with a port of its own: by default two `fabric run` at once would collide."""
+    launcher = [str(BIN / "fabric"), "run", *options, f"--devices={processes}", f"--main-port={free_port()}"]
+    return [*launcher, str(ROOT / script), *flags]
+
+
+def free_port() -> int:
+    """A port that is free now, and that no other launch of these tests was given."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        if port not in _ports_given:
+            _ports_given.add(port)
+            return port
+
+
+_ports_given: set[int] = set()
+
+
+def run(command: list[str], cwd: Path, timeout: float, env: Mapping[str, str] | None = None) -> Finished:
+    """Run a command to its end, in a session of its own and with nothing inherited from another launcher.
+
+    GPUs are hidden, so that the commands do on every machine what they do on the CPU; `env` may show them again.
+    When the time is over every process of the launch is killed, and the test fails with what they wrote.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
+    mark = uuid4().hex
+    environment = inherited | {"CUDA_VISIBLE_DEVICES": ""} | dict(env or {}) | {MARK: mark}
+    # Files instead of pipes: a process that is left behind would keep a pipe open, and us waiting.
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)
+            seconds = time.perf_counter() - start
+            left = _left_after(mark, patience=2) if process.returncode is not None else []
+        finally:
+            _kill(process, mark)
+        stdout, stderr = (_text(file) for file in (out, err))
+    if seconds >= timeout:
+        pytest.fail(f"{' '.join(command)}\ndid not end within {timeout} s\n{stdout[-5000:]}\n{stderr[-5000:]}")
+    return Finished(command, cwd, process.returncode, stdout, stderr, seconds, left)
+
+
+def assert_no_process_is_left(finished: Finished) -> None:
+    assert not finished.left, f"{' '.join(finished.command)}\nleft behind: {finished.left}"
+
+
+def _text(file: tempfile._TemporaryFileWrapper) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def _running(mark: str) -> dict[int, str]:
+    """The process ids and command lines of a launch. The group is not enough: torchrun starts ranks in sessions."""
+    found = {}
+    assert Path("/proc/self/environ").exists(), "the tests look for processes in /proc"
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may end while we look
+            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ").strip()
+    return found
+
+
+def _left_after(mark: str, patience: float) -> list[str]:
+    """What still runs when `patience` seconds have passed."""
+    deadline = time.perf_counter() + patience
+    while (left := _running(mark)) and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    return list(left.values())
+
+
+def _kill(process: subprocess.Popen, mark: str) -> None:
+    """Kill the launch's group and whatever else carries its mark, then wait for the launcher."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    while left := _running(mark):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
+def run_folders(cwd: Path) -> list[Path]:
+    """The folders of the runs that were started in `cwd`."""
+    return sorted((cwd / "logs").glob("*/*"))
+
+
+def scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar that TensorBoard shows of a run: its points (step, value), in the order of the file."""
+    events = _read_events(run_folder)
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in sorted(events.Tags()["scalars"])
+    }
+
+
+def hyperparameters(run_folder: Path) -> dict[str, str]:
+    """The table of the hyperparameters that TensorBoard shows of a run."""
+    (event,) = _read_events(run_folder).Tensors("hyperparameters/text_summary")
+    table = event.tensor_proto.string_val[0].decode()
+    _, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines())
+    return dict(rows)
+
+
+def _read_events(run_folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()

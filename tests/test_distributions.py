@@ -1,0 +1,67 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Discrete
+
+from rl.distributions import Categorical, draw_action_noise
+
+LOGITS = torch.tensor([[0.0, 0.0, 0.0], [2.0, -1.0, 0.5], [-5.0, 3.0, 3.0]])
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+def test_actions_are_drawn_as_often_as_softmax_says(logits):
+    draws = 40_000
+    distribution = Categorical(Discrete(3))
+    noise = torch.from_numpy(distribution.draw_noise(np.random.default_rng(0), draws))
+    counts = distribution.sample(logits, noise).bincount(minlength=3)
+    weights = [math.exp(logit) for logit in logits]
+    for weight, count in zip(weights, counts, strict=True):
+        p = weight / sum(weights)
+        five_sigma = 5 * math.sqrt(p * (1 - p) / draws)
+        assert count / draws == pytest.approx(p, abs=five_sigma)
+
+
+def test_consecutive_actions_are_independent():
+    draws = 40_000
+    distribution = Categorical(Discrete(2))
+    noise = torch.from_numpy(distribution.draw_noise(np.random.default_rng(0), draws))
+    actions = distribution.sample(torch.zeros(2), noise)
+    repeated = (actions[1:] == actions[:-1]).double().mean().item()
+    assert repeated == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / (draws - 1)))
+
+
+def test_the_mode_is_the_most_probable_action():
+    assert Categorical(Discrete(3)).mode(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
+
+
+def test_without_noise_the_sample_is_the_mode():
+    distribution = Categorical(Discrete(3))
+    assert torch.equal(distribution.sample(LOGITS[1:], torch.zeros(3)), distribution.mode(LOGITS[1:]))
+
+
+def test_samples_have_one_action_for_each_row():
+    noise = torch.zeros(7, 4, 3)
+    actions = Categorical(Discrete(3)).sample(torch.zeros(7, 4, 3), noise)
+    assert (actions.shape, actions.dtype) == ((7, 4), torch.int64)
+
+
+def test_noise_has_a_number_for_each_step_environment_and_action():
+    noise = draw_action_noise(Categorical(Discrete(3)), 7, range(4), seed=0, update=1)
+    assert (noise.shape, noise.dtype) == ((7, 4, 3), torch.float32)
+
+
+def test_the_noise_of_an_environment_does_not_depend_on_the_others_drawn_beside_it():
+    distribution = Categorical(Discrete(3))
+    together = draw_action_noise(distribution, 7, range(4), seed=0, update=1)
+    for parts in ([range(0, 2), range(2, 4)], [range(0, 1), range(1, 4)]):
+        apart = [draw_action_noise(distribution, 7, indices, seed=0, update=1) for indices in parts]
+        assert torch.equal(torch.cat(apart, dim=1), together)
+
+
+def test_the_noise_differs_over_environments_updates_seeds_and_steps():
+    noises = [
+        draw_action_noise(Categorical(Discrete(2)), 5, range(3), seed, update) for seed in (0, 1) for update in (1, 2)
+    ]
+    assert torch.stack(noises).unique().numel() == 2 * 2 * 5 * 3 * 2
