@@ -49,6 +49,24 @@ class EnvironmentArgs:
     normalize_rewards: bool = False
     """Divide rewards by the standard deviation of the discounted return so far, over all ranks."""
 
+    def env_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the environment that `env_kwargs` names.
+
+        Raises:
+            ValueError: with one line, if they are neither JSON nor key=value pairs.
+        """
+        arguments: dict[str, Any] = {}
+        for text in self.env_kwargs:
+            try:
+                if text.startswith("{"):
+                    arguments |= json.loads(text)
+                else:
+                    key, value = text.split("=", 1)
+                    arguments[key] = _json_or_text(value)
+            except ValueError:
+                raise ValueError(f"--env-kwargs takes key=value pairs or a JSON object, got {text!r}") from None
+        return arguments
+
 
 @dataclass
 class DataArgs:
@@ -152,24 +170,6 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
                 f"--total-timesteps {self.total_timesteps} is below --num-steps {rounded.num_steps}: "
                 "there would be no update, so nothing would be trained"
             )
-
-    def env_arguments(self) -> dict[str, Any]:
-        """Return the arguments of the environment that `env_kwargs` names.
-
-        Raises:
-            ValueError: with one line, if they are neither JSON nor key=value pairs.
-        """
-        arguments: dict[str, Any] = {}
-        for text in self.env_kwargs:
-            try:
-                if text.startswith("{"):
-                    arguments |= json.loads(text)
-                else:
-                    key, value = text.split("=", 1)
-                    arguments[key] = _json_or_text(value)
-            except ValueError:
-                raise ValueError(f"--env-kwargs takes key=value pairs or a JSON object, got {text!r}") from None
-        return arguments
 
     def env_processes(self, world_size: int) -> int:
         """Return how many processes run environments."""

@@ -176,7 +176,7 @@ def test_log_probabilities_entropies_and_values_equal_those_of_stable_baselines3
 def test_rollouts_and_advantages_equal_those_of_stable_baselines3(env_id, monkeypatch):
     args = TorchArgs(env_id=env_id, num_steps=512, normalize_advantages=False, **HYPERPARAMETERS)
     agent = make_agent(args)
-    envs = make_envs(env_id, args.num_envs)
+    envs = make_envs(args, args.num_envs)
     noise = draw_action_noise(agent.distribution, args.rollout_length(1), range(args.num_envs), args.seed, update=1)
     rollout, _, _ = collect_rollout(agent, envs, reset_envs(envs, args.seed, 0), noise)
     advantages = generalized_advantage_estimation(

@@ -36,11 +36,11 @@ BOUNDS = {
     "seed": ("between 0 and 2**32 - 1", [-1, HUGE], [0, HUGE - 1]),
     "gamma": ("between 0 and 1", [-0.1, 1.1, NAN], [0.0, 1.0]),
     "gae_lambda": ("between 0 and 1", [-0.1, 1.1, NAN], [0.0, 1.0]),
-    "learning_rate": ("a number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
-    "clip_coef": ("a number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
-    "max_grad_norm": ("a number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
-    "ent_coef": ("a number of at least 0", [-0.1, INF, NAN], [0.0]),
-    "vf_coef": ("a number of at least 0", [-0.1, INF, NAN], [0.0]),
+    "learning_rate": ("a finite number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
+    "clip_coef": ("a finite number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
+    "max_grad_norm": ("a finite number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
+    "ent_coef": ("a finite number of at least 0", [-0.1, INF, NAN], [0.0]),
+    "vf_coef": ("a finite number of at least 0", [-0.1, INF, NAN], [0.0]),
     "exp_name": ("letters, digits, '.', '_' and '-' only", ["", "a b", "a/b", "a\n"], ["A.b_c-1"]),
 }
 
@@ -171,9 +171,9 @@ def test_what_derives_from_other_arguments_is_no_flag(capsys):
 @pytest.mark.parametrize(
     ("script_args", "groups"),
     [
-        (TorchArgs, ["run", "data", "network", "ppo", "device"]),
-        (FabricArgs, ["run", "data", "network", "ppo"]),
-        (DecoupledArgs, ["run", "data", "network", "ppo", "device", "player"]),
+        (TorchArgs, ["run", "environment", "data", "network", "ppo", "device"]),
+        (FabricArgs, ["run", "environment", "data", "network", "ppo"]),
+        (DecoupledArgs, ["run", "environment", "data", "network", "ppo", "device", "player"]),
     ],
 )
 def test_help_shows_the_flags_in_groups_and_ends_with_0(capsys, script_args, groups):
@@ -240,8 +240,8 @@ def test_a_misspelled_flag_is_refused_with_the_right_one(capsys):
     [
         (["--gamma", "2"], "error: --gamma must be between 0 and 1, got 2.0"),
         (
-            ["--env-id", "FrozenLake-v1"],
-            "error: FrozenLake-v1 has the observation space Discrete(16); supported is Box",
+            ["--env-id", "CarRacing-v3", "--normalize-observations"],
+            "error: --normalize-observations: the observations of CarRacing-v3 are images, scaled already",
         ),
     ],
 )

@@ -28,12 +28,19 @@ MISTAKES = {
     "an unknown version": (TORCH, "--env-id CartPole-v7", ["CartPole-v7", "`v1`"]),
     "an environment of a missing module": (TORCH, "--env-id nowhere:Some-v0", ["nowhere:Some-v0", "No module named"]),
     "a missing dependency": (TORCH, "--env-id HalfCheetah-v5", ["HalfCheetah-v5", "MuJoCo is not installed"]),
-    "an action space": (TORCH, "--env-id Pendulum-v1", ["Pendulum-v1", "action space Box(", "supported is Discrete"]),
+    "an action space": (
+        TORCH,
+        "--env-id own_envs:WordsToSay-v0",
+        ["WordsToSay-v0", "action space Text(", "not supported", "supported are Discrete", "Box"],
+    ),
     "an observation space": (
         TORCH,
-        "--env-id FrozenLake-v1",
-        ["FrozenLake-v1", "observation space Discrete(16)", "supported is Box"],
+        "--env-id own_envs:WordsToHear-v0",
+        ["WordsToHear-v0", "observation space Text(", "not supported", "supported are Box", "Dict"],
     ),
+    "normalised images": (TORCH, "--env-id CarRacing-v3 --normalize-observations", ["CarRacing-v3", "images"]),
+    "no environment arguments": (TORCH, "--env-kwargs gravity", ["--env-kwargs", "key=value", "'gravity'"]),
+    "an unknown environment argument": (TORCH, "--env-kwargs gravity=3", ["CartPole-v1", "gravity"]),
     "no environments": (TORCH, "--num-envs 0", ["--num-envs", "at least 1", "got 0"]),
     "no environments, Fabric": (FABRIC, "--num-envs 0", ["--num-envs", "at least 1", "got 0"]),
     "no steps": (TORCH, "--num-steps 0", ["--num-steps", "at least 1", "got 0"]),
@@ -70,19 +77,20 @@ def assert_only_one_line_says(finished, words):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_answered_by_one_line_that_names_it(tmp_path, mistake):
     script, flags, words = MISTAKES[mistake]
-    assert_only_one_line_says(run(python(script, *flags.split()), tmp_path, timeout=30), words)
+    finished = run(python(script, *flags.split()), tmp_path, timeout=30, env={"PYTHONPATH": str(WORKERS)})
+    assert_only_one_line_says(finished, words)
 
 
 def test_videos_without_moviepy_are_answered_by_one_line(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_MOVIEPY)
     finished = run(python(TORCH, "--capture-video"), tmp_path, timeout=30, env={"PYTHONPATH": str(tmp_path)})
-    assert_only_one_line_says(finished, ["--capture-video", "moviepy"])
+    assert_only_one_line_says(finished, ["videos", "moviepy"])
 
 
 def test_videos_of_an_environment_without_pictures_are_answered_by_one_line(tmp_path):
     flags = ("--capture-video", "--env-id", "own_envs:NoPictures-v0")
     finished = run(python(TORCH, *flags), tmp_path, timeout=30, env={"PYTHONPATH": str(WORKERS)})
-    assert_only_one_line_says(finished, ["--capture-video", "NoPictures-v0", "rgb_array"])
+    assert_only_one_line_says(finished, ["video", "NoPictures-v0", "rgb_array"])
 
 
 @pytest.mark.parametrize("script", [TORCH, FABRIC])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.launching import fabric_run, python, run, scalars, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rl.agent import Agent
-from rl.args import NetworkArgs
-from rl.envs import check_environment
+from rl.args import CommonArgs
+from rl.envs import read_spaces
 from rl.evaluate import evaluate
 from rl.seeding import Purpose, stream_seed
 from tests.scripted_env import SCRIPT
@@ -15,7 +15,8 @@ SCRIPTED = "tests.scripted_env:ScriptedBySeed-v0"
 
 def make_agent(env_id, seed=0):
     torch.manual_seed(seed)
-    return Agent(*check_environment(env_id), NetworkArgs())
+    args = CommonArgs(env_id=env_id)
+    return Agent(*read_spaces(args), args)
 
 
 def slow_return(agent, seed):
@@ -32,7 +33,7 @@ def slow_return(agent, seed):
 
 
 def test_the_returns_are_those_of_the_first_episode_of_every_environment_short_or_long():
-    returns = evaluate(make_agent(SCRIPTED), SCRIPTED, episodes=12, seed=7)
+    returns = evaluate(make_agent(SCRIPTED), CommonArgs(env_id=SCRIPTED), episodes=12, seed=7).returns
     starts = [stream_seed(7, Purpose.TEST, index) % len(SCRIPT) for index in range(12)]
     assert set(starts) == {0, 1, 2, 3}  # episodes of 3, 2, 1 and 4 steps
     assert returns.dtype == np.float64
@@ -44,26 +45,29 @@ def test_the_returns_of_greedy_episodes_equal_those_of_a_plain_loop(episodes):
     agent = make_agent("CartPole-v1", seed=3)
     expected = [slow_return(agent, stream_seed(7, Purpose.TEST, index)) for index in range(episodes)]
     assert episodes == 1 or len(set(expected)) > 1
-    assert evaluate(agent, "CartPole-v1", episodes, seed=7).tolist() == expected
+    assert evaluate(agent, CommonArgs(), episodes, seed=7).returns.tolist() == expected
 
 
 def test_the_episodes_are_the_same_if_they_run_one_by_one_to_be_recorded(monkeypatch, tmp_path):
     recorded = []
     monkeypatch.setattr("rl.evaluate.record_first_episode", lambda *to: recorded.append(to) or (lambda env: env))
     agent = make_agent("CartPole-v1", seed=3)
-    one_by_one = evaluate(agent, "CartPole-v1", 4, seed=7, video_folder=tmp_path)
-    assert one_by_one.tolist() == evaluate(agent, "CartPole-v1", 4, seed=7).tolist()
+    one_by_one = evaluate(agent, CommonArgs(), 4, seed=7, video_folder=tmp_path).returns
+    assert one_by_one.tolist() == evaluate(agent, CommonArgs(), 4, seed=7).returns.tolist()
     assert recorded == [(tmp_path, f"test-{index}") for index in range(4)]  # no name twice
 
 
 def test_another_seed_gives_other_episodes():
     agent = make_agent("CartPole-v1", seed=3)
-    assert evaluate(agent, "CartPole-v1", 5, seed=7).tolist() != evaluate(agent, "CartPole-v1", 5, seed=8).tolist()
+    assert (
+        evaluate(agent, CommonArgs(), 5, seed=7).returns.tolist()
+        != evaluate(agent, CommonArgs(), 5, seed=8).returns.tolist()
+    )
 
 
 def test_evaluation_leaves_torchs_random_numbers_and_the_agent_alone():
     agent = make_agent(SCRIPTED)
     weights, state = [parameter.clone() for parameter in agent.parameters()], torch.get_rng_state()
-    evaluate(agent, SCRIPTED, 2, seed=0)
+    evaluate(agent, CommonArgs(env_id=SCRIPTED), 2, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(agent.parameters(), weights, strict=True))

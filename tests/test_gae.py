@@ -3,7 +3,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl.gae import advantage_moments, generalized_advantage_estimation, normalize_advantages
+from rl.gae import generalized_advantage_estimation
+from rl.normalize import moments as advantage_moments
+from rl.normalize import normalize_advantages
 
 
 def column(*numbers):
@@ -117,7 +119,7 @@ def test_moments_are_count_sum_and_sum_of_squares():
 
 
 def test_moments_added_over_parts_are_the_moments_of_the_whole():
-    advantages = 100 + torch.randn(60, generator=torch.Generator().manual_seed(0))
+    advantages = 100 + torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
     summed = sum(advantage_moments(part) for part in advantages.split([7, 33, 20]))
     torch.testing.assert_close(summed, advantage_moments(advantages), rtol=1e-14, atol=0)
 

@@ -7,6 +7,7 @@ from gymnasium.spaces import Box, Discrete
 
 from rl.agent import Agent
 from rl.args import CommonArgs
+from rl.distributions import Categorical
 from rl.loss import ppo_loss
 from rl.minibatch import Batch, almost_equal_sizes, minibatches
 from rl.rollout import Rollout
@@ -183,8 +184,9 @@ def numbered_rollout(env_indices, num_steps=3):
     """A rollout in which number 100 n + t stands wherever environment n took step t."""
     numbers = torch.tensor([[100 * n + t for n in env_indices] for t in range(num_steps)])
     x = numbers.float()
+    observations = torch.stack([x, -x], dim=-1)
     rollout = Rollout(
-        torch.stack([x, -x], dim=-1), numbers, x + 0.125, x + 50, x > 0, values=x + 0.25, next_values=x + 60
+        observations + 70, observations, numbers, x + 0.125, x + 50, x > 0, values=x + 0.25, next_values=x + 60
     )
     return Batch.from_rollout(rollout, advantages=x + 0.375, returns=x + 0.5)
 
@@ -203,7 +205,7 @@ def test_rows_of_ranks_one_after_the_other_are_those_of_one_process_with_all_env
 
 def test_an_empty_batch_of_the_spaces_unpacks_what_a_rollout_of_them_packed():
     batch = numbered_rollout([0, 1])
-    empty = Batch.empty(Box(-np.inf, np.inf, (2,), np.float32), Discrete(2))
+    empty = Batch.empty(Box(-np.inf, np.inf, (2,), np.float32), Categorical(Discrete(2)))
     assert empty.num_rows == 0
     assert empty.field_bytes == batch.field_bytes == [8, 8, 4, 4, 4, 4]
     assert row_numbers_of(empty.unpack(batch.pack())) == row_numbers_of(batch)

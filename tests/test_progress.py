@@ -52,7 +52,7 @@ def test_a_run_of_any_length_shows_about_twenty_plain_lines_and_always_its_end(c
 
 def test_before_the_first_episode_has_ended_there_is_no_mean_return(capsys):
     show_all(1, scalars={})
-    assert "return nan," in capsys.readouterr().err
+    assert "return none yet," in capsys.readouterr().err
 
 
 def test_a_rank_that_is_not_enabled_says_nothing(capsys):

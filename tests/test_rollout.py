@@ -6,7 +6,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 from rl.agent import Agent
-from rl.args import NetworkArgs
+from rl.args import CommonArgs
 from rl.envs import make_envs, reset_envs
 from rl.rollout import Rollout, collect_rollout
 from tests.scripted_env import SCRIPT, Episode
@@ -22,7 +22,7 @@ def value(episode, step):
 @pytest.fixture
 def agent():
     """V(episode, step) is as above, and the logits are (0, step - 1)."""
-    agent = Agent(Box(0, np.inf, (2,)), Discrete(2), NetworkArgs(activation_function="relu"))
+    agent = Agent(Box(0, np.inf, (2,)), Discrete(2), CommonArgs())
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.zero_()
@@ -36,7 +36,7 @@ def agent():
 
 
 def start(*scripts, env_id="tests.scripted_env:Scripted-v0"):
-    envs = make_envs(env_id, len(scripts))
+    envs = make_envs(CommonArgs(env_id=env_id), len(scripts))
     envs.unwrapped.set_attr("script", scripts)
     return envs, reset_envs(envs, seed=0, first_index=0)
 
@@ -78,8 +78,8 @@ def test_a_rollout_of_any_length_holds_exactly_the_steps_of_the_scripts(agent, n
 def test_shapes_and_types_are_those_that_the_rollout_declares(agent):
     envs, observations = start(SCRIPT, SCRIPT, SCRIPT)
     rollout, observations, _ = collect_rollout(agent, envs, observations, no_noise(7, 3))
-    assert rollout.observations.shape == (7, 3, 2)
-    assert all(field.shape == (7, 3) for field in rollout[1:])
+    assert rollout.observations.shape == rollout.raw_observations.shape == (7, 3, 2)
+    assert all(field.shape == (7, 3) for field in rollout[2:])
     types = {name: field.dtype for name, field in rollout._asdict().items()}
     assert types == dict.fromkeys(Rollout._fields, torch.float32) | {"actions": torch.int64, "dones": torch.bool}
     assert not any(field.requires_grad for field in rollout)

@@ -12,4 +12,21 @@ class NoPictures(CartPoleEnv):
     metadata: ClassVar[dict] = {"render_modes": []}
 
 
-gym.register("NoPictures-v0", NoPictures)
+class WordsToSay(CartPoleEnv):
+    """CartPole with an action space that nobody supports."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Text(10)
+
+
+class WordsToHear(CartPoleEnv):
+    """CartPole with an observation space that nobody supports."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.observation_space = gym.spaces.Text(10)
+
+
+for env in (NoPictures, WordsToSay, WordsToHear):
+    gym.register(f"{env.__name__}-v0", env)
