@@ -18,6 +18,7 @@ import time
 import torch
 from lightning import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
+from torch import Tensor
 
 from rl.agreement import check_agreement, weights_checksum
 from rl.checkpoint import save_checkpoint
@@ -44,6 +45,13 @@ def main(args: FabricArgs) -> None:
     logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="")
     fabric = Fabric(devices=os.environ.get("LT_DEVICES", 1), loggers=logger)
     rank, world_size = fabric.global_rank, fabric.world_size
+
+    # Exchange: sums over all ranks, and the rows of all ranks one after the other.
+    def sum_over_ranks(tensor: Tensor) -> Tensor:
+        return fabric.all_reduce(tensor, reduce_op="sum")
+
+    def gather(rows: Tensor) -> Tensor:
+        return fabric.all_gather(rows).reshape(-1, *rows.shape[1:])
 
     # Log: only rank 0 writes.
     if rank == 0:
@@ -76,12 +84,9 @@ def main(args: FabricArgs) -> None:
 
         # Normalise: statistics over all ranks; those of the observations count from the next rollout on.
         if args.normalize_observations:
-            sums = fabric.all_reduce(moments(rollout.raw_observations), reduce_op="sum")
-            agent.observation_normalizer.update(sums)
+            agent.observation_normalizer.update(sum_over_ranks(moments(rollout.raw_observations)))
         if args.normalize_rewards:
-            sums = fabric.all_reduce(
-                agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones), reduce_op="sum"
-            )
+            sums = sum_over_ranks(agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones))
             agent.reward_normalizer.update(sums)
         rewards = agent.reward_normalizer(rollout.rewards)
 
@@ -91,15 +96,12 @@ def main(args: FabricArgs) -> None:
         )
         returns = advantages + rollout.values
         if args.normalize_advantages:
-            sums = fabric.all_reduce(moments(advantages), reduce_op="sum")
-            advantages = normalize_advantages(advantages, sums)
+            advantages = normalize_advantages(advantages, sum_over_ranks(moments(advantages)))
         batch = Batch.from_rollout(rollout, advantages, returns)
 
         # Share: every rank receives the rows of all ranks.
         if args.share_data:
-            rows = batch.pack()
-            all_rows = fabric.all_gather(rows).reshape(-1, rows.shape[1])
-            batch = batch.unpack(all_rows)
+            batch = batch.unpack(gather(batch.pack()))
 
         # Optimize: the backward pass averages the gradients over all ranks, so all take the same step.
         losses = []
@@ -111,20 +113,17 @@ def main(args: FabricArgs) -> None:
                 fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
                 optimizer.step()
             if args.target_kl is not None:
-                kl = fabric.all_reduce(losses[-1].approx_kl.clone(), reduce_op="sum")
+                kl = sum_over_ranks(losses[-1].approx_kl.clone())
                 if kl / world_size > args.target_kl:
                     break
 
         # Guard: all ranks hold the same weights.
         if update in (1, args.num_updates):
-            checksum = weights_checksum(agent)
-            checksums = fabric.all_gather(checksum)
-            check_agreement(checksums, update)
+            check_agreement(gather(weights_checksum(agent)), update)
 
         # Log: means over all ranks. Where no episode ended, the last mean return stands.
         sums = torch.cat([sum_episodes(episodes).to(fabric.device), sum_losses(losses)])
-        sums = fabric.all_reduce(sums, reduce_op="sum")
-        scalars |= name_means(sums)
+        scalars |= name_means(sum_over_ranks(sums))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
         fabric.log_dict(scalars, update * args.num_steps)

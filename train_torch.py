@@ -16,7 +16,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
@@ -47,6 +47,16 @@ def main(args: TorchArgs) -> None:
     rank, world_size = ranks.rank, ranks.world_size
     device, backend = place(args.cuda, ranks)
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+
+    # Exchange: sums over all ranks, and the rows of all ranks one after the other.
+    def sum_over_ranks(tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(rows: Tensor) -> Tensor:
+        all_rows = rows.new_empty(world_size * len(rows), *rows.shape[1:])
+        dist.all_gather_single(all_rows, rows)
+        return all_rows
 
     # Log: only rank 0 writes.
     run_folder = new_run_folder(args)
@@ -81,12 +91,9 @@ def main(args: TorchArgs) -> None:
 
         # Normalise: statistics over all ranks; those of the observations count from the next rollout on.
         if args.normalize_observations:
-            sums = moments(rollout.raw_observations)
-            dist.all_reduce(sums)
-            agent.observation_normalizer.update(sums)
+            agent.observation_normalizer.update(sum_over_ranks(moments(rollout.raw_observations)))
         if args.normalize_rewards:
-            sums = agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones)
-            dist.all_reduce(sums)
+            sums = sum_over_ranks(agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones))
             agent.reward_normalizer.update(sums)
         rewards = agent.reward_normalizer(rollout.rewards)
 
@@ -96,17 +103,12 @@ def main(args: TorchArgs) -> None:
         )
         returns = advantages + rollout.values
         if args.normalize_advantages:
-            sums = moments(advantages)
-            dist.all_reduce(sums)
-            advantages = normalize_advantages(advantages, sums)
+            advantages = normalize_advantages(advantages, sum_over_ranks(moments(advantages)))
         batch = Batch.from_rollout(rollout, advantages, returns)
 
         # Share: every rank receives the rows of all ranks.
         if args.share_data:
-            rows = batch.pack()
-            all_rows = rows.new_empty(world_size * len(rows), rows.shape[1])
-            dist.all_gather_single(all_rows, rows)
-            batch = batch.unpack(all_rows)
+            batch = batch.unpack(gather(batch.pack()))
 
         # Optimize: the backward pass averages the gradients over all ranks, so all take the same step.
         losses = []
@@ -118,22 +120,17 @@ def main(args: TorchArgs) -> None:
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
                 optimizer.step()
             if args.target_kl is not None:
-                kl = losses[-1].approx_kl.clone()
-                dist.all_reduce(kl)
+                kl = sum_over_ranks(losses[-1].approx_kl.clone())
                 if kl / world_size > args.target_kl:
                     break
 
         # Guard: all ranks hold the same weights.
         if update in (1, args.num_updates):
-            checksum = weights_checksum(agent)
-            checksums = checksum.new_empty(world_size)
-            dist.all_gather_single(checksums, checksum)
-            check_agreement(checksums, update)
+            check_agreement(gather(weights_checksum(agent)), update)
 
         # Log: means over all ranks. Where no episode ended, the last mean return stands.
         sums = torch.cat([sum_episodes(episodes).to(device), sum_losses(losses)])
-        dist.all_reduce(sums)
-        scalars |= name_means(sums)
+        scalars |= name_means(sum_over_ranks(sums))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
         if rank == 0:
