@@ -26,7 +26,6 @@ def arguments(*texts):
         ("k=false", False),
         ("k=null", None),
         ("k=rgb_array", "rgb_array"),
-        ("k=True", "True"),  # JSON's words count, not Python's
         ('k="7"', "7"),
         ("k=[4, 4]", [4, 4]),
         ('k={"a": 1}', {"a": 1}),
@@ -39,6 +38,11 @@ def arguments(*texts):
 def test_a_value_has_the_type_that_json_gives_it_and_is_text_otherwise(text, value):
     (key, read), *others = arguments(text).items()
     assert (key, read, type(read), others) == ("k", value, type(value), [])
+
+
+@pytest.mark.parametrize(("text", "value"), [("k=False", False), ("k=True", True), ("k=None", None)])
+def test_pythons_spelling_of_a_truth_value_is_no_text_which_would_count_as_true(text, value):
+    assert arguments(text) == {"k": value}
 
 
 def test_pairs_and_json_stand_together_and_the_later_one_counts():

@@ -1,0 +1,97 @@
+import json
+import os
+from math import exp
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import train_torch
+from rl.args import TorchArgs, parse
+from rl.launch import leave
+from tests.launching import WORKERS, assert_no_process_is_left, run, run_folders, torchrun
+
+BOUND = 0.3
+EPOCHS, STEPS_OF_AN_EPOCH = 3, 2
+
+
+def kl(shift):
+    """The approximate KL divergence where every ratio is exp(shift)."""
+    return exp(shift) - 1 - shift
+
+
+# Update after update, how far the two ranks' data are off.
+SHIFTS = [[0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.8], [0.6, 1.0]]
+assert [(kl(a) + kl(b)) / 2 > BOUND for a, b in SHIFTS] == [True, False, True, False, True]
+assert kl(1.0) > BOUND and kl(0.8) > BOUND > kl(0.6)  # one rank alone exceeds it in all updates but the second
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What two ranks kept of one run."""
+    folder = tmp_path_factory.mktemp("target_kl")
+    flags = {"num-steps": 64, "total-timesteps": 64 * len(SHIFTS), "num-envs": 2, "per-rank-batch-size": 16}
+    flags |= {"update-epochs": EPOCHS, "target-kl": BOUND, "learning-rate": 1e-12, "test-episodes": 1}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words += ["--normalize-observations", "--normalize-rewards"]
+    worker = [WORKERS / "stop_by_kl.py", str(folder), json.dumps(SHIFTS), *words]
+    finished = run(torchrun(2, *worker), folder, timeout=60, env={"PYTHONPATH": str(WORKERS.parents[1])})
+    assert finished.returncode == 0, finished.output
+    assert_no_process_is_left(finished)
+    kept = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    (run_folder,) = run_folders(folder)
+    (checkpoint,) = (run_folder / "checkpoints").iterdir()
+    return kept, torch.load(checkpoint, weights_only=True)["agent"]
+
+
+def test_both_ranks_stop_after_the_first_epoch_where_their_mean_exceeds_the_bound_and_nowhere_else(ranks):
+    epochs = [1 if (kl(a) + kl(b)) / 2 > BOUND else EPOCHS for a, b in SHIFTS]
+    for rank in ranks[0]:
+        assert rank["steps"] == [STEPS_OF_AN_EPOCH * count for count in epochs]
+
+
+def test_the_statistics_of_observations_are_those_of_all_that_both_ranks_have_seen(ranks):
+    kept, agent = ranks
+    assert not torch.equal(kept[0]["observations"][0], kept[1]["observations"][0])
+    for updates, state in (
+        (len(SHIFTS), agent),
+        (len(SHIFTS) - 1, kept[0]["normalizers"]),
+        (4, kept[1]["normalizers"]),
+    ):
+        seen = [part.double().reshape(-1, 4) for rank in kept for part in rank["observations"][:updates]]
+        everything = torch.cat(seen).numpy()
+        assert state["observation_normalizer.moments"][0].unique().tolist() == [64 * updates]
+        np.testing.assert_allclose(state["observation_normalizer.mean"], everything.mean(0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(state["observation_normalizer.std"], everything.std(0), rtol=1e-5, atol=1e-7)
+
+
+def test_the_statistics_of_rewards_are_those_of_all_that_both_ranks_have_earned(ranks):
+    kept, agent = ranks
+    sums = []
+    for rank in kept:
+        standing = np.zeros(2)
+        for rewards, dones in zip(torch.cat(rank["rewards"]).numpy(), torch.cat(rank["dones"]).numpy(), strict=True):
+            standing = 0.99 * standing + rewards
+            sums.append(standing)
+            standing = np.where(dones, 0, standing)
+    expected = [np.size(sums), np.sum(sums), np.square(sums).sum()]
+    np.testing.assert_allclose(agent["reward_normalizer.moments"], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("bound", "epochs"), [("", 4), ("--target-kl 1e9", 4), ("--target-kl 0.01", 1)])
+def test_a_policy_that_moves_far_is_stopped_only_where_a_bound_says_so(bound, epochs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rates = []
+
+    class CountingAdam(torch.optim.Adam):
+        def step(self, *args, **kwargs):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "Adam", CountingAdam)
+    flags = "--num-steps 64 --total-timesteps 64 --per-rank-batch-size 32 --update-epochs 4 --test-episodes 1"
+    with mock.patch.dict(os.environ):  # `main` sets the variables of a world of one
+        train_torch.main(parse(TorchArgs, [*flags.split(), "--learning-rate", "0.1", *bound.split()]))
+        leave()
+    assert rates == [0.1] * 2 * epochs
