@@ -7,7 +7,8 @@ from gymnasium.spaces import Box, Discrete
 
 from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.envs import make_envs, reset_envs
+from rl.distributions import draw_action_noise
+from rl.envs import make_envs, read_spaces, reset_envs
 from rl.rollout import Rollout, collect_rollout
 from tests.scripted_env import SCRIPT, Episode
 
@@ -194,3 +195,24 @@ def test_observations_and_rewards_of_any_type_arrive_as_float32(agent):
     next_values = [value(0.1, 1.1), value(0.1, 2.1), value(1.1, 1.1)]
     np.testing.assert_allclose(rollout.next_values[:, 0], next_values, rtol=1e-6)
     assert observations.dtype == np.float32
+
+
+def test_what_environments_experience_does_not_depend_on_how_they_are_spread_over_processes():
+    args = CommonArgs(env_id="LunarLander-v3")
+    torch.manual_seed(0)
+    agent = Agent(*read_spaces(args), args)
+
+    def experience(indices):
+        envs = make_envs(args, len(indices))
+        observations = reset_envs(envs, args.seed, indices[0])
+        rollouts = []
+        for update in (1, 2):
+            noise = draw_action_noise(agent.distribution, 100, indices, args.seed, update)
+            rollout, observations, _ = collect_rollout(agent, envs, observations, noise)
+            rollouts.append(rollout)
+        names = ("observations", "actions", "rewards", "dones")
+        return [torch.cat([getattr(rollout, name) for rollout in rollouts]) for name in names]
+
+    one_process = experience(range(4))
+    two_processes = [torch.cat(fields, dim=1) for fields in zip(experience([0, 1]), experience([2, 3]), strict=True)]
+    assert all(torch.equal(alone, spread) for alone, spread in zip(one_process, two_processes, strict=True))
