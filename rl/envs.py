@@ -35,7 +35,7 @@ def resolve_env_id(env_id: str) -> str:
         successor = f"{namespace + '/' if namespace else ''}{name}-v{find_highest_version(namespace, name)}"
         say(f"{env_id} is retired, running its successor {successor}")
         return successor
-    except gym.error.Error:
+    except Exception:
         pass  # an id that names a module to import, or a mistake that `read_spaces` reports
     return env_id
 
@@ -56,7 +56,7 @@ def read_spaces(args: "EnvironmentArgs") -> tuple[gym.Space, gym.Space]:
         observation_parts(observation_space)
         check_action_space(action_space)
     except ValueError as error:
-        raise ValueError(f"{args.env_id}: {error}") from None
+        raise ValueError(f"{args.env_id}: {' '.join(str(error).split())}") from None
     return observation_space, action_space
 
 

@@ -40,7 +40,7 @@ def normalize_advantages(advantages: Tensor, moments: Tensor) -> Tensor:
         moments: count, sum and sum of squares, float64 [3].
     """
     mean, variance = mean_and_variance(moments)
-    return ((advantages - mean) / (variance.sqrt() + ADVANTAGE_EPSILON)).float()
+    return ((advantages.double() - mean) / (variance.sqrt() + ADVANTAGE_EPSILON)).float()
 
 
 class ObservationNormalizer(nn.Module):

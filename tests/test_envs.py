@@ -87,6 +87,7 @@ def test_only_the_recorded_environment_renders():
         ("no_such_package:Foo-v0", "cannot make the environment no_such_package:Foo-v0: No module named"),
         ("tests.scripted_env:Foo-v0", "cannot make the environment tests.scripted_env:Foo-v0: Environment `Foo`"),
         ("not an id", "cannot make the environment not an id: "),
+        ("a:b:c", "cannot make the environment a:b:c: "),
         ("", "cannot make the environment "),
     ],
 )
@@ -109,7 +110,7 @@ def test_videos_need_the_package_that_writes_them(monkeypatch):
         check_video(CommonArgs())
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "tests.scripted_env:Scripted-v0", "CartPol-v1", "not an id"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "tests.scripted_env:Scripted-v0", "CartPol-v1", "not an id", "a:b:c"])
 def test_an_id_that_is_not_retired_stays_as_it_is(env_id, capsys):
     assert resolve_env_id(env_id) == env_id
     assert capsys.readouterr().err == ""
