@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import os
 import time
+from pathlib import Path
 
 import torch
 from lightning import Fabric
@@ -21,7 +22,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rl.agreement import check_agreement, weights_checksum
-from rl.checkpoint import save_checkpoint
+from rl.checkpoint import environment_states, load_checkpoint, restore, save_checkpoint
 from rl.distributions import draw_action_noise
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
 from rl.evaluate import evaluate
@@ -33,16 +34,20 @@ from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
 from rl.progress import Progress
 from rl.rollout import collect_rollout
-from rl.run_folder import hyperparameter_table, new_run_folder
+from rl.run_folder import choose_run_folder, hyperparameter_table
 from rl.seeding import Purpose, stream_seed
 
 
 def main(args: FabricArgs) -> None:
     """Train an agent, then test it."""
+    # Checkpoint to go on from, if any
+    checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
+    done = checkpoint["update"] if checkpoint else 0
+
     # Launch: fabric run tells each process its rank. One thread each, so that processes do not fight for the cores.
     torch.set_num_threads(1)
-    run_folder = new_run_folder(args)
-    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="")
+    run_folder = choose_run_folder(args)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps + 1)
     fabric = Fabric(devices=os.environ.get("LT_DEVICES", 1), loggers=logger)
     rank, world_size = fabric.global_rank, fabric.world_size
 
@@ -56,7 +61,7 @@ def main(args: FabricArgs) -> None:
     # Log: only rank 0 writes.
     if rank == 0:
         logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
-    progress = Progress(args, enabled=rank == 0)
+    progress = Progress(args, enabled=rank == 0, done=done)
 
     # Environments: all different, over ranks and within a rank. The first of all is recorded.
     env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
@@ -72,9 +77,14 @@ def main(args: FabricArgs) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     fabric_agent, optimizer = fabric.setup(agent, optimizer)
 
-    # Loop over updates
+    # Resume: agent, optimizer and environments go back to where the checkpoint found them.
     scalars: dict[str, float] = {}
-    for update in range(1, args.num_updates + 1):
+    if checkpoint:
+        observations = restore(checkpoint, agent, optimizer, envs, env_indices[0])
+        scalars = checkpoint["scalars"]
+
+    # Loop over updates
+    for update in range(done + 1, args.num_updates + 1):
         start = time.perf_counter()
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
@@ -118,7 +128,7 @@ def main(args: FabricArgs) -> None:
                     break
 
         # Guard: all ranks hold the same weights.
-        if update in (1, args.num_updates):
+        if update in (done + 1, args.num_updates):
             check_agreement(gather(weights_checksum(agent)), update)
 
         # Log: means over all ranks. Where no episode ended, the last mean return stands.
@@ -129,13 +139,15 @@ def main(args: FabricArgs) -> None:
         fabric.log_dict(scalars, update * args.num_steps)
         progress.show(update, scalars)
 
-    # Checkpoint
-    progress.close()
-    envs.close()
-    if rank == 0:
-        save_checkpoint(run_folder, agent, optimizer, args.num_updates, args)
+        # Checkpoint: what all ranks hold is the same but for their environments.
+        if update % args.checkpoint_every == 0 or update == args.num_updates:
+            environments = environment_states(envs, observations, agent, gather)
+            if rank == 0:
+                save_checkpoint(run_folder, args, update, agent, optimizer, scalars, environments)
 
     # Test: greedy episodes.
+    progress.close()
+    envs.close()
     if rank == 0:
         test_videos = run_folder / "test_videos" if args.capture_video else None
         results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import os
 import time
+from pathlib import Path
 
 import torch
 from lightning import Fabric
@@ -32,7 +33,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from rl.channel import PLAYER, Channel
-from rl.checkpoint import save_checkpoint
+from rl.checkpoint import environment_states, load_checkpoint, restore, save_checkpoint
 from rl.distributions import draw_action_noise
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
 from rl.evaluate import evaluate
@@ -45,7 +46,7 @@ from rl.normalize import moments, normalize_advantages
 from rl.placement import place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
-from rl.run_folder import hyperparameter_table, new_run_folder
+from rl.run_folder import choose_run_folder, hyperparameter_table
 from rl.seeding import Purpose, stream, stream_seed
 
 
@@ -66,12 +67,16 @@ def main(args: DecoupledArgs) -> None:
 
 def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     """Run the environments, send what they gave to the trainers, log, and test at the end."""
+    # Checkpoint to go on from, if any
+    checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
+    done = checkpoint["update"] if checkpoint else 0
+
     # Log
-    run_folder = new_run_folder(args)
-    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="")
+    run_folder = choose_run_folder(args)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps + 1)
     fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=logger)
     logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
-    progress = Progress(args, enabled=True)
+    progress = Progress(args, enabled=True, done=done)
 
     # Environments
     record = record_training(run_folder / "train_videos") if args.capture_video else None
@@ -83,14 +88,18 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     agent = LightningAgent(*read_spaces(args), args).to(fabric.device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
-    # Loop over updates
+    # Resume: agent, optimizer and environments go back to where the checkpoint found them.
     scalars: dict[str, float] = {}
-    for update in range(1, args.num_updates + 1):
+    if checkpoint:
+        observations = restore(checkpoint, agent, optimizer, envs, 0)
+        scalars = checkpoint["scalars"]
+
+    # Loop over updates
+    for update in range(done + 1, args.num_updates + 1):
         start = time.perf_counter()
         channel.receive_weights(agent)
-        if update == 2:
+        if update == done + 2:
             channel.check_weights(agent, update - 1)
-
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
         # Rollout: T steps in each environment.
@@ -128,15 +137,17 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         fabric.log_dict(scalars, update * args.num_steps)
         progress.show(update, scalars)
 
-    # Checkpoint: the optimizer's state arrives with the last weights.
-    progress.close()
-    envs.close()
-    channel.receive_weights(agent)
+        # Checkpoint: the new weights and the optimizer's state arrive from the lead trainer.
+        if update % args.checkpoint_every == 0 or update == args.num_updates:
+            channel.receive_weights(agent)
+            channel.receive_optimizer_state(optimizer)
+            environments = environment_states(envs, observations, agent, gather=lambda rows: rows)
+            save_checkpoint(run_folder, args, update, agent, optimizer, scalars, environments)
     channel.check_weights(agent, args.num_updates)
-    channel.receive_optimizer_state(optimizer)
-    save_checkpoint(run_folder, agent, optimizer, args.num_updates, args)
 
     # Test: greedy episodes.
+    progress.close()
+    envs.close()
     test_videos = run_folder / "test_videos" if args.capture_video else None
     results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
     test_return = results.returns.mean()
@@ -167,11 +178,19 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     fabric_agent, optimizer = fabric.setup(agent, optimizer)
 
+    # Resume
+    done = 0
+    if args.resume:
+        checkpoint = load_checkpoint(Path(args.resume))
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        done = checkpoint["update"]
+
     # Loop over updates
-    for update in range(1, args.num_updates + 1):
+    for update in range(done + 1, args.num_updates + 1):
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
         channel.send_weights(agent)
-        if update == 2:
+        if update == done + 2:
             channel.check_weights(agent, update - 1)
 
         # Share: what the player sent is all rows, or this trainer's part.
@@ -192,9 +211,12 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
                 if kl / num_trainers > args.target_kl:
                     break
         channel.send_losses(sum_losses(losses))
-    channel.send_weights(agent)
+
+        # Checkpoint
+        if update % args.checkpoint_every == 0 or update == args.num_updates:
+            channel.send_weights(agent)
+            channel.send_optimizer_state(optimizer)
     channel.check_weights(agent, args.num_updates)
-    channel.send_optimizer_state(optimizer)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import math
 import os
 import re
 import tempfile
-from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -30,6 +31,12 @@ class RunArgs:
     """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
     test_episodes: int = 10
     """Greedy episodes after training; their mean return is logged."""
+    checkpoint_every: int = 10
+    """Updates between two checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 2
+    """The newest so many checkpoints stay in the run's folder."""
+    resume: str | None = None
+    """Go on with a run: its folder, or one of its checkpoints. The other flags are those of the run."""
 
 
 @dataclass
@@ -136,7 +143,11 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         """
         for names, holds, bounds in (
             (("num_envs", "num_steps", "per_rank_batch_size", "update_epochs"), lambda x: x >= 1, "at least 1"),
-            (("total_timesteps", "test_episodes"), lambda x: x >= 1, "at least 1"),
+            (
+                ("total_timesteps", "test_episodes", "checkpoint_every", "keep_checkpoints"),
+                lambda x: x >= 1,
+                "at least 1",
+            ),
             (("hidden_sizes",), lambda sizes: all(x >= 1 for x in sizes), "sizes of at least 1"),
             (("target_kl",), lambda x: x is None or 0 < x < math.inf, "a finite number above 0"),
             (("seed",), lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
@@ -272,6 +283,19 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
 
 Args = TypeVar("Args", bound=CommonArgs)
 
+# What may differ when a run is resumed; num_envs as long as there are as many environments in all.
+CHANGEABLE = {
+    "total_timesteps",
+    "num_envs",
+    "capture_video",
+    "test_episodes",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "cuda",
+    "player_on_gpu",
+}
+
 
 def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     """Parse and check the command line, before anything slow is imported and before processes meet.
@@ -290,7 +314,9 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     """
     world_size = read_ranks().world_size
     try:
-        args = script_args(**_parse_groups(script_args, argv))
+        args = script_args(**_parse_groups(script_args, argv, script_args()))
+        if args.resume:
+            args = _resumed(script_args, argv, Path(args.resume), world_size)
         args.check_processes(world_size)
         args = replace(args, env_id=resolve_env_id(args.env_id))
         observation_space, action_space = read_spaces(args)
@@ -306,6 +332,11 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     if rounded.num_steps != args.num_steps:
         say(f"--num-steps {args.num_steps} rounded up to {rounded.num_steps}, the same for every environment")
     return rounded
+
+
+def _part(group: type, args: CommonArgs) -> Any:
+    """Return what `args` holds of the arguments of a group."""
+    return group(**{part.name: getattr(args, part.name) for part in fields(group)})
 
 
 def _json_or_text(value: str) -> Any:
@@ -330,10 +361,42 @@ def _check_log_root(log_root: Path) -> None:
         raise ValueError(f"the log folder {log_root} cannot be written to: {error.strerror}") from None
 
 
-def _parse_groups(script_args: type[Args], argv: list[str] | None) -> dict[str, Any]:
+def _resumed(script_args: type[Args], argv: list[str] | None, run_or_checkpoint: Path, world_size: int) -> Args:
+    """Parse the flags again, with those of the run that is resumed as defaults.
+
+    Raises:
+        ValueError: with one line, if the run cannot go on so.
+    """
+    from rl.checkpoint import load_checkpoint  # here, so that only a resumed run waits for torch twice
+
+    checkpoint = load_checkpoint(run_or_checkpoint)
+    known = {field.name for field in fields(script_args)}
+    before = script_args(**{name: value for name, value in checkpoint["args"].items() if name in known})
+    args = script_args(**_parse_groups(script_args, argv, before))
+    for name in known - CHANGEABLE:
+        if getattr(args, name) != getattr(before, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} cannot change when a run is resumed: it is {getattr(before, name)!r}")
+    environments = args.num_envs * args.env_processes(world_size)
+    if environments != len(checkpoint["environments"]):
+        raise ValueError(
+            f"the run has {len(checkpoint['environments'])} environments in all, not {environments}: "
+            "choose the number of processes and --num-envs accordingly"
+        )
+    if checkpoint["update"] >= args.num_updates:
+        raise ValueError("the run is complete: raise --total-timesteps to train on")
+    if checkpoint["world_size"] != world_size:
+        say("resumed with another number of processes: from here on it is another run, not bit for bit the same")
+    return args
+
+
+def _parse_groups(script_args: type[Args], argv: list[str] | None, defaults: Args) -> dict[str, Any]:
     """Parse the flags; each root class of `script_args` is a group of the help."""
     groups = [base for base in reversed(script_args.__mro__) if base.__bases__ == (object,)]
-    named = [(group.__name__.removesuffix("Args").lower(), group, field(default_factory=group)) for group in groups]
+    named = [
+        (group.__name__.removesuffix("Args").lower(), group, field(default_factory=partial(_part, group, defaults)))
+        for group in groups
+    ]
     try:
         parsed = tyro.cli(
             make_dataclass("Grouped", named),

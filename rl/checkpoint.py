@@ -1,31 +1,46 @@
 """Checkpoints: what a run leaves behind to be tested, compared or continued."""
 
+import io
 import os
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.envs import read_spaces
+from rl.launch import fail, read_ranks, say
+from rl.replay import ReplayableEnvs
 
 
-def save_checkpoint(run_folder: Path, agent: nn.Module, optimizer: Optimizer, update: int, args: CommonArgs) -> Path:
-    """Write `checkpoints/update_<8 digits>.ckpt` into the run's folder and return its path.
+def save_checkpoint(
+    run_folder: Path,
+    args: CommonArgs,
+    update: int,
+    agent: nn.Module,
+    optimizer: Optimizer,
+    scalars: dict[str, float],
+    environments: list[dict[str, Any]],
+) -> Path:
+    """Write `checkpoints/update_<8 digits>.ckpt` into the run's folder, drop the oldest, and return its path.
 
     The file appears under its name only once it is whole on the disk, so a crash leaves no broken checkpoint.
 
     Args:
         run_folder: folder of the run.
-        agent: the plain network; its state dict has the same keys in all scripts.
-        optimizer: of its parameters.
-        update: number of updates done.
         args: of the run.
+        update: number of updates done.
+        agent: the plain network, normalisation included; its state dict has the same keys in all scripts.
+        optimizer: of its parameters.
+        scalars: what was logged last.
+        environments: one state of each environment of all processes, see `environment_states`.
     """
     path = run_folder / "checkpoints" / f"update_{update:08d}.ckpt"
     checkpoint = {
@@ -34,6 +49,9 @@ def save_checkpoint(run_folder: Path, agent: nn.Module, optimizer: Optimizer, up
         "update": update,
         "global_step": update * args.num_steps,
         "args": asdict(args),
+        "world_size": read_ranks().world_size,
+        "scalars": scalars,
+        "environments": environments,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -45,23 +63,107 @@ def save_checkpoint(run_folder: Path, agent: nn.Module, optimizer: Optimizer, up
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name, too, is on the disk now
     os.close(folder)
+    for old in sorted(path.parent.glob("update_*.ckpt"))[: -args.keep_checkpoints]:
+        old.unlink()
     return path
 
 
-def load_checkpoint(run_or_checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint, or the last one of a run's folder, onto the CPU; nothing in it is executed.
+def environment_states(
+    envs: ReplayableEnvs, observations: np.ndarray, agent: Agent, gather: Callable[[Tensor], Tensor]
+) -> list[dict[str, Any]]:
+    """Return the states of the environments of all processes; call it on all of them.
+
+    Args:
+        envs: of this process.
+        observations: [N, *shape], where they are.
+        agent: whose rewards may be normalised, with a sum for each environment.
+        gather: returns the rows of all processes one after the other.
+    """
+    states = [
+        {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+        | {"discounted_sum": float(discounted_sum)}
+        for state, discounted_sum in zip(envs.state(observations), _discounted_sums(agent, envs), strict=True)
+    ]
+    # Episodes differ in length, so what is gathered is bytes, padded to the longest.
+    file = io.BytesIO()
+    torch.save(states, file)
+    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    sizes = gather(torch.tensor([len(packed)])).tolist()
+    padded = torch.zeros(1, max(sizes), dtype=torch.uint8)
+    padded[0, : len(packed)] = packed
+    rows = zip(gather(padded), sizes, strict=True)
+    return [
+        state for row, size in rows for state in torch.load(io.BytesIO(row[:size].numpy().tobytes()), weights_only=True)
+    ]
+
+
+def restore(
+    checkpoint: dict[str, Any], agent: Agent, optimizer: Optimizer, envs: ReplayableEnvs, first_env: int
+) -> np.ndarray:
+    """Put agent, optimizer and environments back, and return the observations [N, *shape] to go on from.
+
+    Args:
+        checkpoint: as `load_checkpoint` returns it.
+        agent: of this process.
+        optimizer: of its parameters.
+        envs: of this process.
+        first_env: index of the first of them among those of all processes.
 
     Raises:
-        ValueError: with one line, if there is none or it cannot be read.
+        SystemExit: if the environments do not repeat their episodes.
     """
-    path = run_or_checkpoint
-    if path.is_dir() and not (path := max((path / "checkpoints").glob("update_*.ckpt"), default=None)):
-        raise ValueError(f"the folder {run_or_checkpoint} holds no checkpoints/update_*.ckpt")
+    agent.load_state_dict(checkpoint["agent"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    states = [
+        {name: value.numpy() if isinstance(value, Tensor) else value for name, value in state.items()}
+        for state in checkpoint["environments"][first_env : first_env + envs.num_envs]
+    ]
+    _discounted_sums(agent, envs)[:] = [state.pop("discounted_sum") for state in states]
+    try:
+        return envs.restore(states)
+    except ValueError as error:
+        fail(f"the run cannot be resumed: {error}")
+
+
+def _discounted_sums(agent: Agent, envs: ReplayableEnvs) -> np.ndarray:
+    """Return where the discounted sum of each environment's rewards stands, float64 [N], if rewards are normalised."""
+    return getattr(agent.reward_normalizer, "sums", np.zeros(envs.num_envs))
+
+
+def find_checkpoints(run_or_checkpoint: Path) -> list[Path]:
+    """Return a checkpoint, or those of a run's folder, the last one first.
+
+    Raises:
+        ValueError: with one line, if there is none.
+    """
+    if not run_or_checkpoint.exists():
+        raise ValueError(f"there is no run and no checkpoint {run_or_checkpoint}")
+    if run_or_checkpoint.is_file():
+        return [run_or_checkpoint]
+    if found := sorted((run_or_checkpoint / "checkpoints").glob("update_*.ckpt"), reverse=True):
+        return found
+    raise ValueError(f"the folder {run_or_checkpoint} holds no checkpoints/update_*.ckpt")
+
+
+def load_checkpoint(run_or_checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint, or the last good one of a run's folder, onto the CPU; nothing in it is executed.
+
+    Raises:
+        ValueError: with one line, if there is none that can be read.
+    """
+    *newer, oldest = find_checkpoints(run_or_checkpoint)
+    for path in newer:
+        try:
+            return _read(path)
+        except ValueError as error:
+            say(f"{error}; going back to the one before")
+    return _read(oldest)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"agent", "optimizer", "update", "global_step", "args"} - set(checkpoint)
-    except FileNotFoundError:
-        raise ValueError(f"there is no run and no checkpoint {path}") from None
     except (EOFError, RuntimeError, OSError, UnpicklingError, KeyError, TypeError):
         raise ValueError(f"{path} cannot be read: it is damaged, or no checkpoint of ours") from None
     if missing:

@@ -61,6 +61,18 @@ class EnvPoolEnvs(VectorEnv):
         info = {"final_obs": final_observations, "_final_obs": terminations | truncations}
         return observations, rewards, terminations, truncations, info
 
+    def state(self, observations: np.ndarray) -> list[dict[str, Any]]:
+        """Return nothing for each environment: EnvPool does not let its random state be read."""
+        return [{} for _ in range(self.num_envs)]
+
+    def restore(self, states: list[dict[str, Any]]) -> np.ndarray:
+        """Refuse.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("EnvPool's environments cannot be put back where they were")
+
     def close(self, **kwargs: Any) -> None:
         """End EnvPool's threads."""
         self.pool.close()

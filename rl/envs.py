@@ -16,6 +16,7 @@ from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStac
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from rl.launch import say
+from rl.replay import ReplayableEnv, ReplayableEnvs
 from rl.seeding import Purpose, stream_seed
 from rl.spaces import check_action_space, is_image, observation_parts
 
@@ -112,7 +113,7 @@ def make_envs(args: "EnvironmentArgs", num_envs: int, record: Callable[[gym.Env]
         env = record(_make(args, render_mode="rgb_array")) if record else _make(args)
         space = env.observation_space
         is_flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        return env if is_flat or is_image(space) else FlattenObservation(env)
+        return ReplayableEnv(env if is_flat or is_image(space) else FlattenObservation(env))
 
     if args.env_backend == "envpool":
         from rl.envpool_envs import EnvPoolEnvs  # here, because EnvPool is optional
@@ -127,7 +128,7 @@ def make_envs(args: "EnvironmentArgs", num_envs: int, record: Callable[[gym.Env]
         copy=False,  # the rollout copies observations into its own array
         autoreset_mode=AutoresetMode.SAME_STEP,
     )
-    return RecordEpisodeStatistics(envs)
+    return ReplayableEnvs(RecordEpisodeStatistics(envs))
 
 
 def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = Purpose.ENVIRONMENT) -> np.ndarray:

@@ -103,7 +103,7 @@ class RewardNormalizer(nn.Module):
         for step_rewards, step_dones in zip(rewards.cpu().numpy(), dones.cpu().numpy(), strict=True):
             sums = self.gamma * self.sums + step_rewards
             all_sums.append(sums)
-            self.sums = np.where(step_dones, 0.0, sums)
+            self.sums[:] = np.where(step_dones, 0.0, sums)
         return moments(torch.from_numpy(np.stack(all_sums)).to(rewards.device))
 
     def update(self, new_moments: Tensor) -> None:

@@ -17,14 +17,17 @@ class Progress:
     Args:
         args: of the run.
         enabled: False on the ranks that say nothing.
+        done: updates done before, in a run that is resumed.
     """
 
-    def __init__(self, args: CommonArgs, enabled: bool) -> None:
+    def __init__(self, args: CommonArgs, enabled: bool, done: int = 0) -> None:
         self.args = args
+        self.done = done
         self.plain = enabled and not sys.stderr.isatty()
         self.start = time.perf_counter()
         self.bar = tqdm(
             total=args.num_updates * args.num_steps,
+            initial=done * args.num_steps,
             unit=" steps",
             disable=not enabled or self.plain,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
@@ -38,10 +41,11 @@ class Progress:
         self.bar.update(num_steps)
         if self.plain and (update == num_updates or update % max(1, num_updates // PLAIN_LINES) == 0):
             seconds = time.perf_counter() - self.start
-            left = timedelta(seconds=round(seconds / update * (num_updates - update)))
+            seconds_per_update = seconds / (update - self.done)
+            left = timedelta(seconds=round(seconds_per_update * (num_updates - update)))
             print(
                 f"steps {update * num_steps}/{num_updates * num_steps}, update {update}/{num_updates}, "
-                f"return {mean_return}, {update * num_steps / seconds:.0f} steps/s, {left} left",
+                f"return {mean_return}, {num_steps / seconds_per_update:.0f} steps/s, {left} left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -9,8 +9,14 @@ from uuid import uuid4
 from rl.args import CommonArgs
 
 
-def new_run_folder(args: CommonArgs) -> Path:
-    """Return the path of a new run's folder: unique, it names date, environment, experiment and seed."""
+def choose_run_folder(args: CommonArgs) -> Path:
+    """Return the folder of the run: the one that is resumed, or a new one.
+
+    The name of a new one is unique; it names date, environment, experiment and seed.
+    """
+    if args.resume:
+        resumed = Path(args.resume)
+        return resumed if resumed.is_dir() else resumed.parent.parent
     date = time.strftime("%Y-%m-%d_%H-%M-%S")
     env_id = re.sub("[/:]", "-", args.env_id)
     return args.log_root / f"{date}_{env_id}_{args.exp_name}_seed{args.seed}_{uuid4().hex[:4]}"
