@@ -1,0 +1,150 @@
+"""E5: a run that is stopped and resumed equals the run that never stopped, bit for bit."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launching import fabric_run, python, run, run_folders, scalars, torchrun
+
+TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
+DDP = ("--accelerator=cpu", "--strategy=ddp")
+UPDATES = 4
+FLAGS = ["--num-envs=2", "--update-epochs=2", "--test-episodes=2", "--checkpoint-every=1", "--keep-checkpoints=9"]
+VECTOR = ["--env-id=LunarLander-v3", "--num-steps=256", "--total-timesteps=1024"]
+CONTINUOUS = ["--env-id=BipedalWalker-v3", "--num-steps=256", "--total-timesteps=1024", "--target-kl=0.02"]
+CONTINUOUS += ["--normalize-observations", "--normalize-rewards"]
+IMAGE = ["--env-id=CarRacing-v3", "--num-steps=48", "--total-timesteps=192", "--per-rank-batch-size=16"]
+IMAGE += ["--env-kwargs", "max_episode_steps=20"]
+# The command, its environment, and after which updates it is stopped.
+CASES = {
+    "torch, 1 process": (partial(python, TORCH), VECTOR, [1, 3]),
+    "torch, 2 processes": (partial(torchrun, 2, TORCH), CONTINUOUS, [1, 2]),
+    "fabric, 1 process": (partial(python, FABRIC), IMAGE, [1, 3]),
+    "fabric, 2 processes": (partial(fabric_run, 2, FABRIC, options=DDP), VECTOR, [2]),
+    "decoupled, 1 trainer": (partial(fabric_run, 2, DECOUPLED), IMAGE, [2]),
+    "decoupled, 2 trainers": (partial(fabric_run, 3, DECOUPLED), CONTINUOUS, [1, 3]),
+}
+
+
+def checkpoint(run_folder: Path, update: int) -> Path:
+    return run_folder / "checkpoints" / f"update_{update:08d}.ckpt"
+
+
+def start(command, flags, cwd):
+    finished = run(command(*flags), cwd=cwd, timeout=120)
+    assert finished.returncode == 0, finished.output
+    (folder,) = run_folders(cwd)
+    return folder
+
+
+def resume(command, uninterrupted, after, cwd):
+    """What is left of a run that was stopped after an update, resumed."""
+    shutil.copytree(uninterrupted.parents[2], cwd)
+    (folder,) = run_folders(cwd)
+    for update in range(after + 1, UPDATES + 1):
+        checkpoint(folder, update).unlink()
+    return start(command, ["--resume", str(folder)], cwd)
+
+
+def tensors(run_folder):
+    loaded = torch.load(checkpoint(run_folder, UPDATES), weights_only=True)
+    states = loaded["optimizer"]["state"].items()
+    return loaded["agent"] | {(parameter, key): value for parameter, state in states for key, value in state.items()}
+
+
+def logged(run_folder):
+    return {tag: points for tag, points in scalars(run_folder).items() if not tag.startswith("Time/")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each case: the run that was never stopped, and those that were; two launches at a time."""
+    root = tmp_path_factory.mktemp("runs")
+    with ThreadPoolExecutor(2) as pool:
+
+        def case(name):
+            command, flags, cuts = CASES[name]
+            folder = root / name / "uninterrupted"
+            folder.mkdir(parents=True)
+            uninterrupted = start(command, [*FLAGS, *flags], folder)
+            return uninterrupted, {cut: resume(command, uninterrupted, cut, root / name / str(cut)) for cut in cuts}
+
+        return dict(zip(CASES, pool.map(case, CASES), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_e5_a_run_that_was_stopped_and_resumed_equals_the_run_that_never_stopped(runs, name):
+    uninterrupted, resumed = runs[name]
+    expected, expected_logs = tensors(uninterrupted), logged(uninterrupted)
+    assert len(expected_logs["Loss/policy_loss"]) == UPDATES
+    for folder in resumed.values():
+        actual = tensors(folder)
+        assert actual.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+        assert logged(folder) == expected_logs
+
+
+def test_the_weights_go_on_changing_after_a_resume(runs):
+    uninterrupted, _ = runs["torch, 1 process"]
+    last, before = (torch.load(checkpoint(uninterrupted, update), weights_only=True)["agent"] for update in (4, 3))
+    assert not torch.equal(last["actor.0.weight"], before["actor.0.weight"])
+
+
+@pytest.fixture
+def stopped(runs, tmp_path):
+    """A run of CarRacing in one process with two checkpoints."""
+    shutil.copytree(runs["fabric, 1 process"][0].parents[2], tmp_path / "copy")
+    (folder,) = run_folders(tmp_path / "copy")
+    for update in (3, 4):
+        checkpoint(folder, update).unlink()
+    return folder
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs, stopped):
+    newest = checkpoint(stopped, 2)
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    finished = run(python(FABRIC, "--resume", str(stopped)), cwd=stopped.parents[2], timeout=60)
+    assert finished.returncode == 0
+    assert f"{newest} cannot be read" in finished.stderr and "going back" in finished.stderr
+    expected = tensors(runs["fabric, 1 process"][0])
+    assert all(torch.equal(value, expected[key]) for key, value in tensors(stopped).items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--env-id", "CartPole-v1"], ["--env-id", "cannot change", "'CarRacing-v3'"]),
+        (["--gamma", "0.5"], ["--gamma", "cannot change", "0.99"]),
+        (["--num-envs", "3"], ["2 environments", "not 3", "--num-envs"]),
+        (["--total-timesteps", "96"], ["complete", "--total-timesteps"]),
+    ],
+)
+def test_a_run_that_cannot_go_on_so_is_refused_in_one_line(stopped, flags, words):
+    finished = run(python(FABRIC, "--resume", str(stopped), *flags), cwd=stopped.parents[2], timeout=30)
+    assert finished.returncode == 1
+    (line,) = finished.output.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words), line
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
+    for name, content in (("missing.ckpt", None), ("empty.ckpt", b""), ("text.ckpt", b"no checkpoint")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        finished = run(python(TORCH, "--resume", name), cwd=tmp_path, timeout=30)
+        assert finished.returncode == 1
+        (line,) = finished.output.splitlines()
+        assert line.startswith("error: ") and name in line
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    flags = ["--total-timesteps=640", "--num-steps=128", "--checkpoint-every=2", "--keep-checkpoints=2"]
+    folder = start(partial(python, TORCH), flags, tmp_path)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "update_00000004.ckpt",
+        "update_00000005.ckpt",
+    ]
