@@ -35,7 +35,8 @@ class Agent(nn.Module):
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: CommonArgs) -> None:
         super().__init__()
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation_function]
-        self.distribution = DISTRIBUTIONS[type(action_space)](action_space)
+        kind = next(kind for kind in DISTRIBUTIONS if isinstance(action_space, kind))
+        self.distribution = DISTRIBUTIONS[kind](action_space)
         self.encoder = Encoder(observation_space, activation)
         self.actor = _perceptron(
             self.encoder.num_features, args.hidden_sizes, self.distribution.num_outputs, activation

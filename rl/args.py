@@ -340,9 +340,9 @@ def _part(group: type, args: CommonArgs) -> Any:
 
 
 def _json_or_text(value: str) -> Any:
-    """Return what `value` means in JSON, such as a number or true, else `value` itself."""
+    """Return what `value` means in JSON or, for True, False and None, in Python, else `value` itself."""
     try:
-        return json.loads(value)
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
     except ValueError:
         return value
 

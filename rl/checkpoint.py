@@ -2,10 +2,10 @@
 
 import io
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -162,9 +162,11 @@ def load_checkpoint(run_or_checkpoint: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's thoughts about other pickles
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"agent", "optimizer", "update", "global_step", "args"} - set(checkpoint)
-    except (EOFError, RuntimeError, OSError, UnpicklingError, KeyError, TypeError):
+    except Exception:  # damaged bytes make the reader fail in many ways
         raise ValueError(f"{path} cannot be read: it is damaged, or no checkpoint of ours") from None
     if missing:
         raise ValueError(f"{path} is no checkpoint of ours: it lacks {', '.join(sorted(missing))}")
@@ -181,5 +183,8 @@ def load_agent(run_or_checkpoint: Path) -> tuple[Agent, CommonArgs]:
     known = {field.name for field in fields(CommonArgs)}
     args = CommonArgs(**{name: value for name, value in checkpoint["args"].items() if name in known})
     agent = Agent(*read_spaces(args), args)
-    agent.load_state_dict(checkpoint["agent"])
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError:
+        raise ValueError(f"{run_or_checkpoint} holds weights of another network than its arguments say") from None
     return agent.eval(), args

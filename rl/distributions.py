@@ -34,7 +34,7 @@ class Categorical(nn.Module):
     def __init__(self, space: gym.spaces.Discrete) -> None:
         super().__init__()
         self.num_outputs = int(space.n)
-        self.start = space.start
+        self.start = torch.tensor(space.start, dtype=getattr(torch, space.dtype.name))
 
     def empty_actions(self, *shape: int) -> Tensor:
         """Return an array for actions, int64 [*shape]."""
@@ -59,8 +59,8 @@ class Categorical(nn.Module):
         return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Return the actions counted from the space's start, int64 [...]."""
-        return actions + self.start if self.start else actions
+        """Return the actions counted from the space's start, in its type, [...]."""
+        return actions.to(self.start.dtype) + self.start
 
 
 class MultiCategorical(nn.Module):
@@ -96,8 +96,8 @@ class MultiCategorical(nn.Module):
         return torch.stack(log_probs).sum(0), torch.stack(entropies).sum(0)
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Return the actions in the shape of the space, counted from its start, int64 [N, ...]."""
-        return actions.reshape(-1, *self.start.shape) + self.start
+        """Return the actions in the shape and type of the space, counted from its start, [N, ...]."""
+        return actions.reshape(-1, *self.start.shape).to(self.start.dtype) + self.start
 
 
 class Bernoulli(nn.Module):

@@ -8,6 +8,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from rl.spaces import stored_space
+
 if TYPE_CHECKING:
     from rl.args import EnvironmentArgs
 
@@ -90,5 +92,8 @@ def check_envpool(args: "EnvironmentArgs", observation_space: gym.Space, action_
         raise ValueError(f"EnvPool has no {args.env_id}: leave --env-backend out")
     spec = envpool.make_spec(args.env_id)
     theirs = spec.gymnasium_observation_space, spec.gymnasium_action_space
-    if [space.shape for space in theirs] != [observation_space.shape, action_space.shape]:
-        raise ValueError(f"EnvPool's {args.env_id} has other spaces than Gymnasium's: leave --env-backend out")
+    same = [space.shape for space in theirs] == [observation_space.shape, action_space.shape]
+    if not same or stored_space(observation_space) != observation_space:
+        raise ValueError(
+            f"EnvPool's {args.env_id} has other spaces than Gymnasium's, made flat: leave --env-backend out"
+        )

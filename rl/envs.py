@@ -147,7 +147,7 @@ def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = 
 
 def _make(args: "EnvironmentArgs", **kwargs: Any) -> gym.Env:
     """Make one environment; Atari's is given the customary preprocessing (Machado et al. 2018)."""
-    kwargs |= args.env_arguments()
+    kwargs = args.env_arguments() | kwargs
     if not args.env_id.startswith("ALE/"):
         return gym.make(args.env_id, **kwargs)
     if find_spec("ale_py") is None or find_spec("cv2") is None:

@@ -50,8 +50,8 @@ def observation_parts(space: gym.Space) -> list[Image | Vector]:
     if isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary):
         return [Vector(gym.spaces.flatdim(space))]
     raise ValueError(
-        f"the observation space {space} is not supported; supported are Box (vectors and images), Discrete, "
-        "MultiDiscrete, MultiBinary, and Dict and Tuple of these"
+        f"the observation space {_in_one_line(space)} is not supported; supported are Box (vectors and images), "
+        "Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
     )
 
 
@@ -88,6 +88,10 @@ def check_action_space(space: gym.Space) -> None:
     if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
         return
     raise ValueError(
-        f"the action space {space} is not supported; supported are Discrete, MultiDiscrete, MultiBinary and Box "
-        "of floating-point numbers"
+        f"the action space {_in_one_line(space)} is not supported; supported are Discrete, MultiDiscrete, MultiBinary "
+        "and Box of floating-point numbers"
     )
+
+
+def _in_one_line(space: gym.Space) -> str:
+    return " ".join(str(space).split())

@@ -149,7 +149,7 @@ def run_script(monkeypatch, tmp_path):
 
     def run(agent: Agent, args: TorchArgs) -> dict[str, float]:
         logger = Mock()
-        monkeypatch.setattr(train_torch, "SummaryWriter", lambda run_folder: logger)
+        monkeypatch.setattr(train_torch, "SummaryWriter", lambda run_folder, **_: logger)
         monkeypatch.setattr(train_torch, "Agent", lambda *spaces_and_args: agent)
         monkeypatch.chdir(tmp_path)
         with patch.dict(os.environ):  # the script sets the launcher's variables

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.launching import ROOT, run, torchrun
 from torch import Tensor
 
 from rl.args import CommonArgs
 from rl.loss import ppo_loss
 from rl.minibatch import Batch, almost_equal_sizes, minibatches
+from tests.launching import ROOT, run, torchrun
 from tests.workers.gradients import make_agent, make_batch
 
 # Relative to the largest gradient: a sum over rows that is split over ranks rounds otherwise.
