@@ -7,7 +7,8 @@
 `diff train_torch.py train_fabric.py` shows what Lightning Fabric takes over.
 """
 
-from rl.args import FabricArgs, parse
+from rl.args import FabricArgs
+from rl.cli import parse
 
 if __name__ == "__main__":
     args = parse(FabricArgs)  # before the slow imports, so that --help and mistakes are answered at once

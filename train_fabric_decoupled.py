@@ -18,7 +18,8 @@ The processes exchange three messages per update (see rl/channel.py):
 Both sides derive the number of updates from the same arguments, so nothing needs to say stop.
 """
 
-from rl.args import DecoupledArgs, parse
+from rl.args import DecoupledArgs
+from rl.cli import parse
 
 if __name__ == "__main__":
     args = parse(DecoupledArgs)  # before the slow imports, so that --help and mistakes are answered at once

@@ -87,11 +87,12 @@ def environment_states(
     # Episodes differ in length, so what is gathered is bytes, padded to the longest.
     file = io.BytesIO()
     torch.save(states, file)
-    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-    sizes = gather(torch.tensor([len(packed)])).tolist()
-    padded = torch.zeros(1, max(sizes), dtype=torch.uint8)
+    device = next(agent.parameters()).device
+    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8).to(device)
+    sizes = gather(torch.tensor([len(packed)], device=device)).tolist()
+    padded = packed.new_zeros(1, max(sizes))
     padded[0, : len(packed)] = packed
-    rows = zip(gather(padded), sizes, strict=True)
+    rows = zip(gather(padded).cpu(), sizes, strict=True)
     return [
         state for row, size in rows for state in torch.load(io.BytesIO(row[:size].numpy().tobytes()), weights_only=True)
     ]

@@ -1,6 +1,6 @@
 """EnvPool's environments, with the meaning that Gymnasium's have here: an episode's end resets in the same step."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import envpool
 import gymnasium as gym
@@ -8,10 +8,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from rl.args import EnvironmentArgs
 from rl.spaces import stored_space
-
-if TYPE_CHECKING:
-    from rl.args import EnvironmentArgs
 
 
 class EnvPoolEnvs(VectorEnv):
@@ -30,7 +28,7 @@ class EnvPoolEnvs(VectorEnv):
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (so declared by Gymnasium)
 
     def __init__(
-        self, args: "EnvironmentArgs", num_envs: int, observation_space: gym.Space, action_space: gym.Space
+        self, args: EnvironmentArgs, num_envs: int, observation_space: gym.Space, action_space: gym.Space
     ) -> None:
         self.env_id = args.env_id
         self.num_envs = num_envs
@@ -80,7 +78,7 @@ class EnvPoolEnvs(VectorEnv):
         self.pool.close()
 
 
-def check_envpool(args: "EnvironmentArgs", observation_space: gym.Space, action_space: gym.Space) -> None:
+def check_envpool(args: EnvironmentArgs, observation_space: gym.Space, action_space: gym.Space) -> None:
     """Check that EnvPool runs the same environment as Gymnasium.
 
     Raises:

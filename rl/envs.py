@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,13 +15,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from rl.args import EnvironmentArgs
 from rl.launch import say
 from rl.replay import ReplayableEnv, ReplayableEnvs
 from rl.seeding import Purpose, stream_seed
 from rl.spaces import check_action_space, is_image, observation_parts
-
-if TYPE_CHECKING:
-    from rl.args import EnvironmentArgs
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, no display is asked for
 gym.logger.min_level = gym.logger.ERROR  # its warnings are for authors of environments
@@ -41,7 +39,7 @@ def resolve_env_id(env_id: str) -> str:
     return env_id
 
 
-def read_spaces(args: "EnvironmentArgs") -> tuple[gym.Space, gym.Space]:
+def read_spaces(args: EnvironmentArgs) -> tuple[gym.Space, gym.Space]:
     """Make the environment once and return its observation space and its action space.
 
     Raises:
@@ -61,7 +59,7 @@ def read_spaces(args: "EnvironmentArgs") -> tuple[gym.Space, gym.Space]:
     return observation_space, action_space
 
 
-def check_backend(args: "EnvironmentArgs", observation_space: gym.Space, action_space: gym.Space) -> None:
+def check_backend(args: EnvironmentArgs, observation_space: gym.Space, action_space: gym.Space) -> None:
     """Check that the backend has the environment.
 
     Raises:
@@ -76,7 +74,7 @@ def check_backend(args: "EnvironmentArgs", observation_space: gym.Space, action_
     check_envpool(args, observation_space, action_space)
 
 
-def check_video(args: "EnvironmentArgs") -> None:
+def check_video(args: EnvironmentArgs) -> None:
     """Check that episodes can be recorded.
 
     Raises:
@@ -99,7 +97,7 @@ def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env
     return lambda env: RecordVideo(env, str(folder), name_prefix=name, episode_trigger=lambda episode: episode == 0)
 
 
-def make_envs(args: "EnvironmentArgs", num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> VectorEnv:
+def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> VectorEnv:
     """Make environments that step together, with episode statistics; observations are images, or flat.
 
     Args:
@@ -145,7 +143,7 @@ def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = 
     return observations
 
 
-def _make(args: "EnvironmentArgs", **kwargs: Any) -> gym.Env:
+def _make(args: EnvironmentArgs, **kwargs: Any) -> gym.Env:
     """Make one environment; Atari's is given the customary preprocessing (Machado et al. 2018)."""
     kwargs = args.env_arguments() | kwargs
     if not args.env_id.startswith("ALE/"):

@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 
 from rl import launch
-from rl.args import CommonArgs, DecoupledArgs, FabricArgs, TorchArgs, parse
+from rl.args import CommonArgs, DecoupledArgs, FabricArgs, TorchArgs
+from rl.cli import parse
 
 HUGE = 2**32
 NAN, INF = float("nan"), float("inf")

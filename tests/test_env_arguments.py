@@ -6,7 +6,8 @@ import pytest
 from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.spaces import Box
 
-from rl.args import CommonArgs, DecoupledArgs, FabricArgs, TorchArgs, parse
+from rl.args import CommonArgs, DecoupledArgs, FabricArgs, TorchArgs
+from rl.cli import parse
 from rl.envs import make_envs, read_spaces, reset_envs
 
 CLASSES = [TorchArgs, FabricArgs, DecoupledArgs]

@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from rl.args import DecoupledArgs, FabricArgs, TorchArgs, parse
+from rl.args import DecoupledArgs, FabricArgs, TorchArgs
+from rl.cli import parse
 from rl.launch import LAUNCH_VARIABLES
 from tests.launching import BIN, ROOT
 

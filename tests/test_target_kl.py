@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import train_torch
-from rl.args import TorchArgs, parse
+from rl.args import TorchArgs
+from rl.cli import parse
 from rl.launch import leave
 from tests.launching import WORKERS, assert_no_process_is_left, run, run_folders, torchrun
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import train_torch
-from rl.args import TorchArgs, parse
+from rl.args import TorchArgs
+from rl.cli import parse
 from rl.launch import leave, read_ranks
 
 
