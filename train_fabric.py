@@ -72,7 +72,8 @@ def main(args: FabricArgs) -> None:
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = LightningAgent(*read_spaces(args), args)
+    observation_space, action_space = read_spaces(args)
+    agent = LightningAgent(observation_space, action_space, args)
 
     # Optimizer
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -81,6 +82,10 @@ def main(args: FabricArgs) -> None:
     # Resume: agent, optimizer and environments go back to where the checkpoint found them.
     scalars: dict[str, float] = {}
     if checkpoint:
+        # One backward pass before all others: after it DistributedDataParallel orders the gradients anew, and the last
+        # bit of a sum over three ranks depends on their order.
+        row = Batch.zeros(1, observation_space, agent.distribution).to(fabric.device)
+        fabric.backward(fabric_agent.training_step(row, 1).loss)
         observations = restore(checkpoint, agent, optimizer, envs, env_indices[0])
         scalars = checkpoint["scalars"]
 

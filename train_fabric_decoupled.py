@@ -173,7 +173,7 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     observation_space, action_space = read_spaces(args)
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
     agent = LightningAgent(observation_space, action_space, args)
-    template = Batch.empty(observation_space, agent.distribution)
+    template = Batch.zeros(0, observation_space, agent.distribution)
 
     # Optimizer
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -183,6 +183,10 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     done = 0
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume))
+        # One backward pass before all others: after it DistributedDataParallel orders the gradients anew, and the last
+        # bit of a sum over three ranks depends on their order.
+        row = Batch.zeros(1, observation_space, agent.distribution).to(fabric.device)
+        fabric.backward(fabric_agent.training_step(row, 1).loss)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         done = checkpoint["update"]

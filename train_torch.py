@@ -79,7 +79,8 @@ def main(args: TorchArgs) -> None:
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    agent = Agent(*read_spaces(args), args).to(device)
+    observation_space, action_space = read_spaces(args)
+    agent = Agent(observation_space, action_space, args).to(device)
     ddp_agent = DistributedDataParallel(agent) if world_size > 1 else agent
 
     # Optimizer
@@ -88,6 +89,10 @@ def main(args: TorchArgs) -> None:
     # Resume: agent, optimizer and environments go back to where the checkpoint found them.
     scalars: dict[str, float] = {}
     if checkpoint:
+        # One backward pass before all others: after it DistributedDataParallel orders the gradients anew, and the last
+        # bit of a sum over three ranks depends on their order.
+        row = Batch.zeros(1, observation_space, agent.distribution).to(device)
+        ppo_loss(ddp_agent, row, 1, args).loss.backward()
         observations = restore(checkpoint, agent, optimizer, envs, env_indices[0])
         scalars = checkpoint["scalars"]
 

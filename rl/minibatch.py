@@ -5,7 +5,6 @@ from math import ceil, prod
 from typing import NamedTuple
 
 import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,15 +35,21 @@ class Batch(NamedTuple):
         return cls(*(field.transpose(0, 1).flatten(0, 1) for field in fields))
 
     @classmethod
-    def empty(cls, observation_space: gym.Space, distribution: Distribution) -> "Batch":
-        """Return a batch without rows: it holds the shapes and types that `unpack` needs.
+    def zeros(cls, num_rows: int, observation_space: gym.Space, distribution: Distribution) -> "Batch":
+        """Return rows of zeros. No rows at all are enough for the shapes and types that `unpack` needs.
 
         Args:
+            num_rows: number of rows.
             observation_space: as the environment declares it.
             distribution: of the actions.
         """
-        observations = np.empty((0, *stored_space(observation_space).shape), stored_dtype(observation_space))
-        return cls(torch.from_numpy(observations), distribution.empty_actions(0), *(torch.empty(0) for _ in range(4)))
+        dtype = getattr(torch, stored_dtype(observation_space))
+        observations = torch.zeros(num_rows, *stored_space(observation_space).shape, dtype=dtype)
+        return cls(observations, distribution.empty_actions(num_rows), *(torch.zeros(num_rows) for _ in range(4)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        return Batch(*(field.to(device) for field in self))
 
     def pack(self) -> Tensor:
         """Return the rows as bytes, uint8 [B, bytes of a row]: one message, whatever the types."""

@@ -87,7 +87,7 @@ def test_the_rollout_has_the_shapes_and_types_of_the_spaces_and_is_finite(traini
 
 
 def test_rows_travel_as_bytes_and_arrive_bit_for_bit(training):
-    template = Batch.empty(training.observation_space, training.agent.distribution)
+    template = Batch.zeros(0, training.observation_space, training.agent.distribution)
     packed = training.batch.pack()
     assert packed.shape == (STEPS * ENVS, sum(template.field_bytes))
     for sent, received in zip(training.batch, template.unpack(packed), strict=True):

@@ -205,7 +205,7 @@ def test_rows_of_ranks_one_after_the_other_are_those_of_one_process_with_all_env
 
 def test_an_empty_batch_of_the_spaces_unpacks_what_a_rollout_of_them_packed():
     batch = numbered_rollout([0, 1])
-    empty = Batch.empty(Box(-np.inf, np.inf, (2,), np.float32), Categorical(Discrete(2)))
+    empty = Batch.zeros(0, Box(-np.inf, np.inf, (2,), np.float32), Categorical(Discrete(2)))
     assert empty.num_rows == 0
     assert empty.field_bytes == batch.field_bytes == [8, 8, 4, 4, 4, 4]
     assert row_numbers_of(empty.unpack(batch.pack())) == row_numbers_of(batch)
