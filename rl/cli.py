@@ -10,7 +10,7 @@ import tyro
 
 from rl.args import CommonArgs
 from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
-from rl.launch import fail, is_rank_zero, read_ranks, say, wait_for_rank_zero
+from rl.launch import end_with_launcher, fail, is_rank_zero, read_ranks, say, wait_for_rank_zero
 from rl.spaces import is_image
 
 Args = TypeVar("Args", bound=CommonArgs)
@@ -45,6 +45,7 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         SystemExit: on `--help` or on bad input.
     """
     world_size = read_ranks().world_size
+    end_with_launcher()
     try:
         args = script_args(**_parse_groups(script_args, argv, script_args()))
         if args.resume:

@@ -92,10 +92,10 @@ class ExportArgs:
 def main() -> None:
     """Export from the command line."""
     options = tyro.cli(ExportArgs, description=ExportArgs.__doc__)
-    if any(find_spec(package) is None for package in ("onnx", "onnxruntime", "onnxscript")):
-        fail("the export needs more packages: pip install -r requirements-export.txt")
     try:
         agent, args = load_agent(options.run_or_checkpoint)
+        if any(find_spec(package) is None for package in ("onnx", "onnxruntime", "onnxscript")):
+            raise ValueError("the export needs more packages: pip install -r requirements-export.txt")
         observation_space, _ = read_spaces(args)
         space, dtype = stored_space(observation_space), stored_dtype(observation_space)
         space.seed(args.seed)

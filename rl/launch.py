@@ -1,13 +1,18 @@
 """How a process learns its rank, ends on a mistake of the user's, and leaves at the end."""
 
+import ctypes
 import gc
 import os
+import signal
 import sys
 import time
 from typing import NamedTuple, NoReturn
 
 # Both `torchrun` and `fabric run` set all of these, plain `python` none.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class Ranks(NamedTuple):
@@ -39,6 +44,12 @@ def read_ranks() -> Ranks:
     if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[2]):
         fail(f"the launcher's variables {', '.join(LAUNCH_VARIABLES[:4])} name no process: {', '.join(values)}")
     return Ranks(*map(int, values))
+
+
+def end_with_launcher() -> None:
+    """Have this process killed when its launcher dies, so that none is left behind (Linux only)."""
+    if sys.platform == "linux" and int(os.environ["WORLD_SIZE"]) > 1:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def is_rank_zero() -> bool:
