@@ -12,7 +12,8 @@ from rl.loss import Losses, ppo_loss
 from rl.minibatch import Batch
 
 # A normal run is quiet: of processes that meet, and of what Fabric 2.6 calls and PyTorch 2.13 deprecates.
-logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+for package in ("lightning.fabric", "lightning.pytorch"):
+    logging.getLogger(package).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
 
 

@@ -81,6 +81,14 @@ def test_a_module_that_a_command_runs_exists(command):
     assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
 
 
+@pytest.mark.parametrize(("sign", "script"), [("-", "train_torch.py"), ("+", "train_fabric.py")])
+def test_the_lines_of_the_diff_blocks_are_those_of_the_scripts(sign, script):
+    blocks = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    shown = [line[1:] for block in blocks for line in block.splitlines() if line.startswith(sign)]
+    assert len(shown) >= 8
+    assert [line for line in shown if line not in (ROOT / script).read_text().splitlines()] == []
+
+
 def test_every_file_that_the_readme_names_exists():
     files = re.findall(
         r"\]\((assets/[\w.-]+)\)|-r ([\w.-]+\.txt)|^(\w[\w/]*\.py) {2}|(tests/\w+\.py)", README, re.MULTILINE
