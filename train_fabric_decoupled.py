@@ -15,7 +15,8 @@ The processes exchange three messages per update (see rl/channel.py):
               <--- 3. losses -------------------  lead trainer
     log
 
-Both sides derive the number of updates from the same arguments, so nothing needs to say stop.
+When a checkpoint is written, the new weights and the optimizer's state follow, on the way of the weights. Both sides
+derive the number of updates from the same arguments, so nothing needs to say stop.
 """
 
 from rl.args import DecoupledArgs

@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -16,8 +17,10 @@ from torch.optim import Optimizer
 from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.envs import read_spaces
-from rl.launch import fail, read_ranks, say
+from rl.launch import read_ranks, say
 from rl.replay import ReplayableEnvs
+
+KEYS = {"agent", "optimizer", "update", "global_step", "args", "world_size", "scalars", "environments"}
 
 
 def save_checkpoint(
@@ -123,7 +126,7 @@ def restore(
     try:
         return envs.restore(states)
     except ValueError as error:
-        fail(f"the run cannot be resumed: {error}")
+        sys.exit(f"error: the run cannot be resumed: {error}")  # said by the rank that it happens to
 
 
 def _discounted_sums(agent: Agent, envs: ReplayableEnvs) -> np.ndarray:
@@ -149,6 +152,8 @@ def find_checkpoints(run_or_checkpoint: Path) -> list[Path]:
 def load_checkpoint(run_or_checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint, or the last good one of a run's folder, onto the CPU; nothing in it is executed.
 
+    What is returned names its file, too, under "path".
+
     Raises:
         ValueError: with one line, if there is none that can be read.
     """
@@ -166,12 +171,12 @@ def _read(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's thoughts about other pickles
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"agent", "optimizer", "update", "global_step", "args"} - set(checkpoint)
+        missing = KEYS - set(checkpoint)
     except Exception:  # damaged bytes make the reader fail in many ways
         raise ValueError(f"{path} cannot be read: it is damaged, or no checkpoint of ours") from None
     if missing:
         raise ValueError(f"{path} is no checkpoint of ours: it lacks {', '.join(sorted(missing))}")
-    return checkpoint
+    return checkpoint | {"path": path}
 
 
 def load_agent(run_or_checkpoint: Path) -> tuple[Agent, CommonArgs]:

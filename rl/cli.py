@@ -112,7 +112,7 @@ def _resumed(script_args: type[Args], argv: list[str] | None, run_or_checkpoint:
         raise ValueError("the run is complete: raise --total-timesteps to train on")
     if checkpoint["world_size"] != world_size:
         say("resumed with another number of processes: from here on it is another run, not bit for bit the same")
-    return args
+    return replace(args, resume=str(checkpoint["path"]))
 
 
 def _parse_groups(script_args: type[Args], argv: list[str] | None, defaults: Args) -> dict[str, Any]:

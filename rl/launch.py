@@ -10,8 +10,6 @@ from typing import NamedTuple, NoReturn
 
 # Both `torchrun` and `fabric run` set all of these, plain `python` none.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 

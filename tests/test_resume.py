@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs, stopped):
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     finished = run(python(FABRIC, "--resume", str(stopped)), cwd=stopped.parents[2], timeout=60)
     assert finished.returncode == 0
-    assert f"{newest} cannot be read" in finished.stderr and "going back" in finished.stderr
+    assert finished.stderr.count(f"{newest} cannot be read") == finished.stderr.count("going back") == 1
     expected = tensors(runs["fabric, 1 process"][0])
     assert all(torch.equal(value, expected[key]) for key, value in tensors(stopped).items())
 
