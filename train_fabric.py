@@ -49,7 +49,8 @@ def main(args: FabricArgs) -> None:
     torch.set_num_threads(1)
     run_folder = choose_run_folder(args)
     logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps + 1)
-    fabric = Fabric(devices=os.environ.get("LT_DEVICES", 1), loggers=logger)
+    accelerator, devices = os.environ.get("LT_ACCELERATOR", "cpu"), os.environ.get("LT_DEVICES", 1)
+    fabric = Fabric(accelerator=accelerator, devices=devices, loggers=logger)
     rank, world_size = fabric.global_rank, fabric.world_size
 
     # Exchange: sums over all ranks, and the rows of all ranks one after the other.
