@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,17 @@ def check_video(args: EnvironmentArgs) -> None:
 
 def record_training(folder: Path) -> Callable[[gym.Env], gym.Env]:
     """Return a wrapper that records the episodes 0, 1, 8, 27, ..., 1000, 2000, ... of an environment."""
-    return lambda env: RecordVideo(env, str(folder), name_prefix="train")
+    return lambda env: RecordVideo(env, str(folder), name_prefix=_free_name(folder, "train"))
 
 
 def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env]:
     """Return a wrapper that records the first episode of an environment."""
-    return lambda env: RecordVideo(env, str(folder), name_prefix=name, episode_trigger=lambda episode: episode == 0)
+
+    def record(env: gym.Env) -> gym.Env:
+        prefix = _free_name(folder, name)
+        return RecordVideo(env, str(folder), name_prefix=prefix, episode_trigger=lambda episode: episode == 0)
+
+    return record
 
 
 def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> VectorEnv:
@@ -141,6 +147,12 @@ def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = 
     indices = range(first_index, first_index + envs.num_envs)
     observations, _ = envs.reset(seed=[stream_seed(seed, purpose, index) for index in indices])
     return observations
+
+
+def _free_name(folder: Path, name: str) -> str:
+    """Return a name that no video in the folder begins with: a resumed run counts its episodes from 0 again."""
+    names = (f"{name}-{number}" if number > 1 else name for number in count(1))
+    return next(free for free in names if not any(folder.glob(f"{free}-episode-*")))
 
 
 def _make(args: EnvironmentArgs, **kwargs: Any) -> gym.Env:

@@ -4,7 +4,15 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 from rl.args import CommonArgs
-from rl.envs import check_video, make_envs, read_spaces, reset_envs, resolve_env_id
+from rl.envs import (
+    check_video,
+    make_envs,
+    read_spaces,
+    record_first_episode,
+    record_training,
+    reset_envs,
+    resolve_env_id,
+)
 from rl.seeding import Purpose, stream_seed
 
 
@@ -96,6 +104,24 @@ def test_an_environment_that_is_not_supported_is_named_in_one_line(env_id, messa
         read_spaces(CommonArgs(env_id=env_id))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def record_an_episode(record):
+    envs = make_envs(CommonArgs(), 1, record)
+    reset_envs(envs, 0, 0)
+    for _ in range(20):
+        envs.step(np.ones(1, dtype=np.int64))
+    envs.close()
+
+
+@pytest.mark.parametrize("recorder", [record_training, lambda folder: record_first_episode(folder, "test-0")])
+def test_a_video_of_a_run_that_is_resumed_overwrites_none_from_before(recorder, tmp_path):
+    record_an_episode(recorder(tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.mp4")}
+    assert before
+    record_an_episode(recorder(tmp_path))
+    assert len(list(tmp_path.glob("*.mp4"))) == 2 * len(before)
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_videos_need_an_environment_that_draws_pictures():
