@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import os
 import time
-from pathlib import Path
 
 import torch
 from lightning import Fabric
@@ -23,16 +22,19 @@ from lightning.fabric.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rl.agreement import check_agreement, weights_checksum
-from rl.checkpoint import environment_states, load_checkpoint, restore, save_checkpoint
+from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
 from rl.distributions import draw_action_noise
+from rl.ending import at_end, give_up, run, updates
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
 from rl.evaluate import evaluate
 from rl.gae import generalized_advantage_estimation
-from rl.launch import leave
+from rl.launch import read_ranks
 from rl.lightning_agent import LightningAgent
 from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
+from rl.peers import join
+from rl.placement import place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
 from rl.run_folder import choose_run_folder, hyperparameter_table
@@ -41,17 +43,27 @@ from rl.seeding import Purpose, stream_seed
 
 def main(args: FabricArgs) -> None:
     """Train an agent, then test it."""
-    # Checkpoint to go on from, if any
-    checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
-    done = checkpoint["update"] if checkpoint else 0
-
     # Launch: fabric run tells each process its rank. One thread each, so that processes do not fight for the cores.
     torch.set_num_threads(1)
+    ranks = read_ranks()
+    rank, world_size = ranks.rank, ranks.world_size
+    accelerator, devices = os.environ.get("LT_ACCELERATOR", "cpu"), os.environ.get("LT_DEVICES", 1)
+    device, backend = place(accelerator != "cpu" and torch.cuda.is_available(), ranks)
+    join(ranks, backend, args.timeout, device)
+
+    # Checkpoint to go on from, if any
+    checkpoint = shared_checkpoint(args, device)
+    done = checkpoint["update"] if checkpoint else 0
+
+    # Log: only rank 0 writes.
     run_folder = choose_run_folder(args)
     logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps + 1)
-    accelerator, devices = os.environ.get("LT_ACCELERATOR", "cpu"), os.environ.get("LT_DEVICES", 1)
+    if rank == 0:
+        at_end(lambda: logger.finalize("success"))
+        logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
+    progress = Progress(args, enabled=rank == 0, done=done)
+    checkpoints = Checkpoints(run_folder, args)
     fabric = Fabric(accelerator=accelerator, devices=devices, loggers=logger)
-    rank, world_size = fabric.global_rank, fabric.world_size
 
     # Exchange: sums over all ranks, and the rows of all ranks one after the other.
     def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -60,15 +72,11 @@ def main(args: FabricArgs) -> None:
     def gather(rows: Tensor) -> Tensor:
         return fabric.all_gather(rows).reshape(-1, *rows.shape[1:])
 
-    # Log: only rank 0 writes.
-    if rank == 0:
-        logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
-    progress = Progress(args, enabled=rank == 0, done=done)
-
     # Environments: all different, over ranks and within a rank. The first of all is recorded.
     env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
     record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
     envs = make_envs(args, args.num_envs, record)
+    at_end(envs.close)
     observations = reset_envs(envs, args.seed, env_indices[0])
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
@@ -91,7 +99,7 @@ def main(args: FabricArgs) -> None:
         scalars = checkpoint["scalars"]
 
     # Loop over updates
-    for update in range(done + 1, args.num_updates + 1):
+    for update in updates(done, args.num_updates):
         start = time.perf_counter()
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
@@ -143,27 +151,26 @@ def main(args: FabricArgs) -> None:
         scalars |= name_means(sum_over_ranks(sums))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
-        fabric.log_dict(scalars, update * args.num_steps)
+        with give_up("the log"):
+            fabric.log_dict(scalars, update * args.num_steps)
+            logger.save()
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
-        if update % args.checkpoint_every == 0 or update == args.num_updates:
-            environments = environment_states(envs, observations, agent, gather)
-            if rank == 0:
-                save_checkpoint(run_folder, args, update, agent, optimizer, scalars, environments)
+        environments = environment_states(envs, observations, agent, gather)
+        if rank == 0:
+            checkpoints.add(update, agent, optimizer, scalars, environments)
 
     # Test: greedy episodes.
     progress.close()
-    envs.close()
     if rank == 0:
         test_videos = run_folder / "test_videos" if args.capture_video else None
         results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
         test_return = results.returns.mean()
-        fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+        with give_up("the log"):
+            fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
         print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
-        logger.finalize("success")
 
 
 if __name__ == "__main__":
-    main(args)
-    leave()
+    run(main, args)

@@ -15,8 +15,8 @@ The processes exchange three messages per update (see rl/channel.py):
               <--- 3. losses -------------------  lead trainer
     log
 
-When a checkpoint is written, the new weights and the optimizer's state follow, on the way of the weights. Both sides
-derive the number of updates from the same arguments, so nothing needs to say stop.
+The new weights and the optimizer's state follow, on the way of the weights, for the checkpoint. Both sides derive
+the number of updates from the same arguments, so nothing needs to say stop.
 """
 
 from rl.args import DecoupledArgs
@@ -27,7 +27,6 @@ if __name__ == "__main__":
 
 import os
 import time
-from pathlib import Path
 
 import torch
 from lightning import Fabric
@@ -35,16 +34,18 @@ from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 from rl.channel import PLAYER, Channel
-from rl.checkpoint import environment_states, load_checkpoint, restore, save_checkpoint
+from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
 from rl.distributions import draw_action_noise
+from rl.ending import at_end, give_up, run, updates
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
 from rl.evaluate import evaluate
 from rl.gae import generalized_advantage_estimation
-from rl.launch import Ranks, leave, read_ranks
+from rl.launch import Ranks, read_ranks
 from rl.lightning_agent import LightningAgent
 from rl.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
+from rl.peers import join
 from rl.placement import place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
@@ -60,7 +61,8 @@ def main(args: DecoupledArgs) -> None:
     torch.set_num_threads(1)
     ranks = read_ranks()
     device, backend = place(args.cuda, ranks, processes_on_cpu=0 if args.player_on_gpu else 1)
-    channel = Channel(ranks.rank, ranks.world_size, backend)
+    join(ranks, "gloo", args.timeout)
+    channel = Channel(ranks.rank, ranks.world_size, backend, args.timeout)
     if ranks.rank == PLAYER:
         player(args, channel, device)
     else:
@@ -70,19 +72,22 @@ def main(args: DecoupledArgs) -> None:
 def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     """Run the environments, send what they gave to the trainers, log, and test at the end."""
     # Checkpoint to go on from, if any
-    checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
+    checkpoint = shared_checkpoint(args, torch.device("cpu"))
     done = checkpoint["update"] if checkpoint else 0
 
     # Log
     run_folder = choose_run_folder(args)
     logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps + 1)
     fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=logger)
+    at_end(lambda: logger.finalize("success"))
     logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
     progress = Progress(args, enabled=True, done=done)
+    checkpoints = Checkpoints(run_folder, args)
 
     # Environments
     record = record_training(run_folder / "train_videos") if args.capture_video else None
     envs = make_envs(args, args.num_envs, record)
+    at_end(envs.close)
     observations = reset_envs(envs, args.seed, 0)
 
     # Agent: it only acts here, with the weights that arrive. Its optimizer only receives the state to save.
@@ -97,7 +102,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         scalars = checkpoint["scalars"]
 
     # Loop over updates
-    for update in range(done + 1, args.num_updates + 1):
+    for update in updates(done, args.num_updates):
         start = time.perf_counter()
         channel.receive_weights(agent)
         if update == done + 2:
@@ -136,30 +141,33 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         scalars |= name_means(torch.cat([sum_episodes(episodes), losses]))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
-        fabric.log_dict(scalars, update * args.num_steps)
+        with give_up("the log"):
+            fabric.log_dict(scalars, update * args.num_steps)
+            logger.save()
         progress.show(update, scalars)
 
         # Checkpoint: the new weights and the optimizer's state arrive from the lead trainer.
-        if update % args.checkpoint_every == 0 or update == args.num_updates:
-            channel.receive_weights(agent)
-            channel.receive_optimizer_state(optimizer)
-            environments = environment_states(envs, observations, agent, gather=lambda rows: rows)
-            save_checkpoint(run_folder, args, update, agent, optimizer, scalars, environments)
+        channel.receive_state(agent, optimizer)
+        environments = environment_states(envs, observations, agent, gather=lambda rows: rows)
+        checkpoints.add(update, agent, optimizer, scalars, environments)
     channel.check_weights(agent, args.num_updates)
 
     # Test: greedy episodes.
     progress.close()
-    envs.close()
     test_videos = run_folder / "test_videos" if args.capture_video else None
     results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
     test_return = results.returns.mean()
-    fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+    with give_up("the log"):
+        fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
     print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
-    logger.finalize("success")
 
 
 def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: Ranks) -> None:
     """Optimize on what the player sends, together with the other trainers."""
+    # Checkpoint to go on from, if any
+    checkpoint = shared_checkpoint(args, torch.device("cpu"))
+    done = checkpoint["update"] if checkpoint else 0
+
     # Launch: Fabric joins the trainers among themselves.
     rank, num_trainers = ranks.rank - 1, ranks.world_size - 1
     if num_trainers == 1:
@@ -181,19 +189,16 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     fabric_agent, optimizer = fabric.setup(agent, optimizer)
 
     # Resume
-    done = 0
-    if args.resume:
-        checkpoint = load_checkpoint(Path(args.resume))
+    if checkpoint:
         # One backward pass before all others: after it DistributedDataParallel orders the gradients anew, and the last
         # bit of a sum over three ranks depends on their order.
         row = Batch.zeros(1, observation_space, agent.distribution).to(fabric.device)
         fabric.backward(fabric_agent.training_step(row, 1).loss)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        done = checkpoint["update"]
 
     # Loop over updates
-    for update in range(done + 1, args.num_updates + 1):
+    for update in updates(done, args.num_updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
         channel.send_weights(agent)
         if update == done + 2:
@@ -219,12 +224,9 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
         channel.send_losses(sum_losses(losses))
 
         # Checkpoint
-        if update % args.checkpoint_every == 0 or update == args.num_updates:
-            channel.send_weights(agent)
-            channel.send_optimizer_state(optimizer)
+        channel.send_state(agent, optimizer)
     channel.check_weights(agent, args.num_updates)
 
 
 if __name__ == "__main__":
-    main(args)
-    leave()
+    run(main, args)

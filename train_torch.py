@@ -14,7 +14,6 @@ if __name__ == "__main__":
     args = parse(TorchArgs)  # before the slow imports, so that --help and mistakes are answered at once
 
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,16 +23,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rl.agent import Agent
 from rl.agreement import check_agreement, weights_checksum
-from rl.checkpoint import environment_states, load_checkpoint, restore, save_checkpoint
+from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
 from rl.distributions import draw_action_noise
+from rl.ending import at_end, give_up, run, updates
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
 from rl.evaluate import evaluate
 from rl.gae import generalized_advantage_estimation
-from rl.launch import leave, read_ranks
+from rl.launch import read_ranks
 from rl.loss import ppo_loss
 from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
+from rl.peers import join
 from rl.placement import place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
@@ -43,16 +44,25 @@ from rl.seeding import Purpose, stream_seed
 
 def main(args: TorchArgs) -> None:
     """Train an agent, then test it."""
-    # Checkpoint to go on from, if any
-    checkpoint = load_checkpoint(Path(args.resume)) if args.resume else None
-    done = checkpoint["update"] if checkpoint else 0
-
     # Launch: torchrun tells each process its rank. One thread each, so that processes do not fight for the cores.
     torch.set_num_threads(1)
     ranks = read_ranks()
     rank, world_size = ranks.rank, ranks.world_size
     device, backend = place(args.cuda, ranks)
-    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    join(ranks, backend, args.timeout, device)
+
+    # Checkpoint to go on from, if any
+    checkpoint = shared_checkpoint(args, device)
+    done = checkpoint["update"] if checkpoint else 0
+
+    # Log: only rank 0 writes.
+    run_folder = choose_run_folder(args)
+    logger = SummaryWriter(run_folder, purge_step=done * args.num_steps + 1) if rank == 0 else None
+    if rank == 0:
+        at_end(logger.close)
+        logger.add_text("hyperparameters", hyperparameter_table(args))
+    progress = Progress(args, enabled=rank == 0, done=done)
+    checkpoints = Checkpoints(run_folder, args)
 
     # Exchange: sums over all ranks, and the rows of all ranks one after the other.
     def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -64,17 +74,11 @@ def main(args: TorchArgs) -> None:
         dist.all_gather_single(all_rows, rows)
         return all_rows
 
-    # Log: only rank 0 writes.
-    run_folder = choose_run_folder(args)
-    logger = SummaryWriter(run_folder, purge_step=done * args.num_steps + 1) if rank == 0 else None
-    if rank == 0:
-        logger.add_text("hyperparameters", hyperparameter_table(args))
-    progress = Progress(args, enabled=rank == 0, done=done)
-
     # Environments: all different, over ranks and within a rank. The first of all is recorded.
     env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
     record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
     envs = make_envs(args, args.num_envs, record)
+    at_end(envs.close)
     observations = reset_envs(envs, args.seed, env_indices[0])
 
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
@@ -97,7 +101,7 @@ def main(args: TorchArgs) -> None:
         scalars = checkpoint["scalars"]
 
     # Loop over updates
-    for update in range(done + 1, args.num_updates + 1):
+    for update in updates(done, args.num_updates):
         start = time.perf_counter()
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
@@ -150,28 +154,27 @@ def main(args: TorchArgs) -> None:
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
         if rank == 0:
-            for tag, value in scalars.items():
-                logger.add_scalar(tag, value, update * args.num_steps)
+            with give_up("the log"):
+                for tag, value in scalars.items():
+                    logger.add_scalar(tag, value, update * args.num_steps)
+                logger.flush()
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
-        if update % args.checkpoint_every == 0 or update == args.num_updates:
-            environments = environment_states(envs, observations, agent, gather)
-            if rank == 0:
-                save_checkpoint(run_folder, args, update, agent, optimizer, scalars, environments)
+        environments = environment_states(envs, observations, agent, gather)
+        if rank == 0:
+            checkpoints.add(update, agent, optimizer, scalars, environments)
 
     # Test: greedy episodes.
     progress.close()
-    envs.close()
     if rank == 0:
         test_videos = run_folder / "test_videos" if args.capture_video else None
         results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
         test_return = results.returns.mean()
-        logger.add_scalar("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+        with give_up("the log"):
+            logger.add_scalar("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
         print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
-        logger.close()
 
 
 if __name__ == "__main__":
-    main(args)
-    leave()
+    run(main, args)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rl.launch import fail
+from rl.ending import RunError
 
 
 def weights_checksum(agent: nn.Module) -> Tensor:
@@ -20,7 +20,9 @@ def check_agreement(checksums: Tensor, update: int) -> None:
         update: number of updates done.
 
     Raises:
-        SystemExit: if they differ.
+        RunError: if they differ.
     """
     if len(checksums.unique()) > 1:
-        fail(f"after update {update} the ranks hold different weights, checksums {checksums.flatten().tolist()}")
+        raise RunError(
+            f"after update {update} the ranks hold different weights, checksums {checksums.flatten().tolist()}"
+        )

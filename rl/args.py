@@ -23,12 +23,14 @@ class RunArgs:
     """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
     test_episodes: int = 10
     """Greedy episodes after training; their mean return is logged."""
-    checkpoint_every: int = 10
-    """Updates between two checkpoints; there is always one at the end."""
+    checkpoint_every: int = 1
+    """Updates between two checkpoints on the disk; however the run ends, that of the last update is written, too."""
     keep_checkpoints: int = 2
     """The newest so many checkpoints stay in the run's folder."""
     resume: str | None = None
     """Go on with a run: its folder, or one of its checkpoints. The other flags are those of the run."""
+    timeout: float = 60.0
+    """Seconds that a process waits for another before the run ends; more than a rollout takes."""
 
 
 @dataclass
@@ -144,7 +146,11 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             (("target_kl",), lambda x: x is None or 0 < x < math.inf, "a finite number above 0"),
             (("seed",), lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
-            (("learning_rate", "clip_coef", "max_grad_norm"), lambda x: 0 < x < math.inf, "a finite number above 0"),
+            (
+                ("learning_rate", "clip_coef", "max_grad_norm", "timeout"),
+                lambda x: 0 < x < math.inf,
+                "a finite number above 0",
+            ),
             (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
             (("exp_name",), lambda x: re.fullmatch(r"[\w.-]+", x), "letters, digits, '.', '_' and '-' only"),
         ):

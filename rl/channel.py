@@ -1,5 +1,6 @@
 """The channel between the player and the trainers: three messages, each send directly above its receive."""
 
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -28,17 +29,23 @@ class Channel:
 
     Args:
         rank: of this process.
-        world_size: number of processes: one player and N trainers.
+        world_size: number of processes: one player and N trainers. They have joined a group of all, with gloo.
         backend: of the trainers among themselves.
+        timeout: seconds that a process waits for another.
     """
 
-    def __init__(self, rank: int, world_size: int, backend: Literal["gloo", "nccl"]) -> None:
+    def __init__(self, rank: int, world_size: int, backend: Literal["gloo", "nccl"], timeout: float) -> None:
         self.rank = rank
         self.num_trainers = world_size - 1
-        # Every process creates every group, in the same order, whether it belongs to it or not.
-        self.everyone = TorchCollective().setup(backend="gloo")
-        self.lead_and_player = TorchCollective().create_group(ranks=[PLAYER, LEAD_TRAINER], backend="gloo")
-        self.trainers = TorchCollective().create_group(ranks=list(range(1, world_size)), backend=backend)
+        # Every process creates every group, in the same order, whether it belongs to it or not. A group does not
+        # inherit the time that it waits.
+        patience = timedelta(seconds=timeout)
+        trainers = list(range(1, world_size))
+        self.everyone = TorchCollective().setup()
+        self.lead_and_player = TorchCollective().create_group(
+            ranks=[PLAYER, LEAD_TRAINER], backend="gloo", timeout=patience
+        )
+        self.trainers = TorchCollective().create_group(ranks=trainers, backend=backend, timeout=patience)
 
     def send_weights(self, agent: nn.Module) -> None:
         """Message 1, by the lead trainer; the other trainers hold the same weights and have nothing to do."""
@@ -110,22 +117,26 @@ class Channel:
         """Message 3, by the player: the sums over all trainers, float64 [size], on the CPU."""
         return self.lead_and_player.broadcast(torch.empty(size, dtype=torch.float64), LEAD_TRAINER)
 
-    def send_optimizer_state(self, optimizer: Optimizer) -> None:
-        """With a checkpoint, by the lead trainer."""
+    def send_state(self, agent: nn.Module, optimizer: Optimizer) -> None:
+        """For the checkpoint, by the lead trainer: the new weights and the state of their Adam."""
         if self.rank == LEAD_TRAINER:
-            for tensor in _state_tensors(optimizer):
-                self.lead_and_player.broadcast(tensor.cpu(), LEAD_TRAINER)
+            tensors = [tensor.detach().flatten().cpu() for tensor in _state_tensors(agent, optimizer)]
+            self.lead_and_player.broadcast(torch.cat(tensors), LEAD_TRAINER)
 
-    def receive_optimizer_state(self, optimizer: Optimizer) -> None:
-        """With a checkpoint, by the player: the state of its Adam becomes that of the trainers."""
-        for parameter in optimizer.param_groups[0]["params"]:
+    def receive_state(self, agent: nn.Module, optimizer: Optimizer) -> None:
+        """For the checkpoint, by the player: its agent and its Adam become those of the trainers."""
+        for parameter in agent.parameters():
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
-        for tensor in _state_tensors(optimizer):
-            tensor.copy_(self.lead_and_player.broadcast(torch.empty_like(tensor, device="cpu"), LEAD_TRAINER))
+        tensors = _state_tensors(agent, optimizer)
+        sizes = [tensor.numel() for tensor in tensors]
+        received = self.lead_and_player.broadcast(torch.empty(sum(sizes)), LEAD_TRAINER)
+        for tensor, values in zip(tensors, received.split(sizes), strict=True):
+            tensor.data.copy_(values.view_as(tensor))
 
 
-def _state_tensors(optimizer: Optimizer) -> list[Tensor]:
-    """Return the tensors of Adam's state in the order of the parameters."""
-    states = (optimizer.state[parameter] for parameter in optimizer.param_groups[0]["params"])
-    return [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
+def _state_tensors(agent: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """Return the parameters and the tensors of their Adam's state."""
+    parameters = list(agent.parameters())
+    states = [optimizer.state[parameter] for parameter in parameters]
+    return parameters + [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]

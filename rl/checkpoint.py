@@ -2,8 +2,8 @@
 
 import io
 import os
-import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,64 +11,107 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rl.agent import Agent
 from rl.args import CommonArgs
+from rl.ending import RunError, at_end, can_resume, give_up
 from rl.envs import read_spaces
-from rl.launch import read_ranks, say
+from rl.launch import is_rank_zero, read_ranks, say
 from rl.replay import ReplayableEnvs
 
 KEYS = {"agent", "optimizer", "update", "global_step", "args", "world_size", "scalars", "environments"}
 
 
-def save_checkpoint(
-    run_folder: Path,
-    args: CommonArgs,
-    update: int,
-    agent: nn.Module,
-    optimizer: Optimizer,
-    scalars: dict[str, float],
-    environments: list[dict[str, Any]],
-) -> Path:
-    """Write `checkpoints/update_<8 digits>.ckpt` into the run's folder, drop the oldest, and return its path.
+class Checkpoints:
+    """Writes the checkpoints of a run: `checkpoints/update_<8 digits>.ckpt` in its folder.
 
-    The file appears under its name only once it is whole on the disk, so a crash leaves no broken checkpoint.
+    However the run ends (but by SIGKILL), the checkpoint of the last update is on the disk.
 
     Args:
         run_folder: folder of the run.
         args: of the run.
-        update: number of updates done.
-        agent: the plain network, normalisation included; its state dict has the same keys in all scripts.
-        optimizer: of its parameters.
-        scalars: what was logged last.
-        environments: one state of each environment of all processes, see `environment_states`.
     """
-    path = run_folder / "checkpoints" / f"update_{update:08d}.ckpt"
-    checkpoint = {
-        "agent": agent.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "update": update,
-        "global_step": update * args.num_steps,
-        "args": asdict(args),
-        "world_size": read_ranks().world_size,
-        "scalars": scalars,
-        "environments": environments,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+
+    def __init__(self, run_folder: Path, args: CommonArgs) -> None:
+        self.folder = run_folder / "checkpoints"
+        self.args = args
+        self.unwritten: tuple[Path, bytes] | None = None
+        at_end(self.write)
+
+    def add(
+        self,
+        update: int,
+        agent: nn.Module,
+        optimizer: Optimizer,
+        scalars: dict[str, float],
+        environments: list[dict[str, Any]],
+    ) -> None:
+        """Keep the state after an update, and write it when it is time to.
+
+        Args:
+            update: number of updates done.
+            agent: the plain network, normalisation included; its state dict has the same keys in all scripts.
+            optimizer: of its parameters.
+            scalars: what was logged last.
+            environments: one state of each environment of all processes, see `environment_states`.
+
+        Raises:
+            RunError: if that of the last update cannot be written.
+        """
+        checkpoint = {
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "update": update,
+            "global_step": update * self.args.num_steps,
+            "args": asdict(self.args),
+            "world_size": read_ranks().world_size,
+            "scalars": scalars,
+            "environments": environments,
+        }
+        file = io.BytesIO()
         torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, is on the disk now
-    os.close(folder)
-    for old in sorted(path.parent.glob("update_*.ckpt"))[: -args.keep_checkpoints]:
-        old.unlink()
-    return path
+        self.unwritten = (self.folder / f"update_{update:08d}.ckpt", file.getvalue())
+        is_last = update == self.args.num_updates
+        if is_last or update % self.args.checkpoint_every == 0:
+            with give_up(f"the checkpoint of update {update} in {self.folder}"):
+                self.write()
+        if is_last and self.unwritten:
+            raise RunError(f"the last checkpoint cannot be written: make room in {self.folder}, then use --resume")
+
+    def write(self) -> None:
+        """Write what is not yet on the disk, and drop the oldest.
+
+        The file appears under its name only once it is whole on the disk, so a crash leaves those before.
+
+        Raises:
+            OSError: if the disk does not take it.
+        """
+        if not self.unwritten:
+            return
+        path, content = self.unwritten
+        temporary = path.with_suffix(".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, is on the disk now
+        os.close(folder)
+        self.unwritten = None
+        can_resume(self.folder.parent)
+        present = sorted(self.folder.glob("update_*.ckpt"))
+        newer = [other for other in present if other > path]  # of a run that went on before this one was resumed
+        for other in newer + [other for other in present if other <= path][: -self.args.keep_checkpoints]:
+            other.unlink()
 
 
 def environment_states(
@@ -114,7 +157,7 @@ def restore(
         first_env: index of the first of them among those of all processes.
 
     Raises:
-        SystemExit: if the environments do not repeat their episodes.
+        RunError: if the environments do not repeat their episodes.
     """
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -126,12 +169,38 @@ def restore(
     try:
         return envs.restore(states)
     except ValueError as error:
-        sys.exit(f"error: the run cannot be resumed: {error}")  # said by the rank that it happens to
+        raise RunError(f"the run cannot be resumed: {error}") from None
 
 
 def _discounted_sums(agent: Agent, envs: ReplayableEnvs) -> np.ndarray:
     """Return where the discounted sum of each environment's rewards stands, float64 [N], if rewards are normalised."""
     return getattr(agent.reward_normalizer, "sums", np.zeros(envs.num_envs))
+
+
+def shared_checkpoint(args: CommonArgs, device: torch.device) -> dict[str, Any] | None:
+    """Return the checkpoint to go on from, if any: rank 0 reads it for all; call it on all ranks.
+
+    Args:
+        args: of the run.
+        device: where the process group sends from.
+
+    Raises:
+        RunError: if there is none that can be read.
+    """
+    content = torch.empty(0, dtype=torch.uint8)
+    if is_rank_zero() and args.resume:
+        try:
+            path = load_checkpoint(Path(args.resume))["path"]
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    size = torch.tensor([len(content)], device=device)
+    dist.broadcast(size, 0)
+    if not size:
+        return None
+    content = content.to(device) if len(content) else content.new_empty(int(size), device=device)
+    dist.broadcast(content, 0)
+    return torch.load(io.BytesIO(content.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def find_checkpoints(run_or_checkpoint: Path) -> list[Path]:
@@ -170,6 +239,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's thoughts about other pickles
+            if zipfile.ZipFile(path).testzip():  # torch does not look at the check sums of what it reads
+                raise ValueError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = KEYS - set(checkpoint)
     except Exception:  # damaged bytes make the reader fail in many ways

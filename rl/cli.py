@@ -11,6 +11,7 @@ import tyro
 from rl.args import CommonArgs
 from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
 from rl.launch import end_with_launcher, fail, is_rank_zero, read_ranks, say, wait_for_rank_zero
+from rl.run_folder import run_before_restart
 from rl.spaces import is_image
 
 Args = TypeVar("Args", bound=CommonArgs)
@@ -26,6 +27,7 @@ CHANGEABLE = {
     "resume",
     "cuda",
     "player_on_gpu",
+    "timeout",
 }
 
 
@@ -48,7 +50,12 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     end_with_launcher()
     try:
         args = script_args(**_parse_groups(script_args, argv, script_args()))
-        if args.resume:
+        before = run_before_restart()
+        if before is not None and any(before.glob("checkpoints/*.ckpt")):
+            args = _resumed(script_args, argv, before, world_size, restarted=True)
+        elif before is not None:
+            say(f"restarted: no checkpoint yet, beginning anew in {before}")
+        elif args.resume:
             args = _resumed(script_args, argv, Path(args.resume), world_size)
         args.check_processes(world_size)
         args = replace(args, env_id=resolve_env_id(args.env_id))
@@ -86,8 +93,16 @@ def _check_log_root(log_root: Path) -> None:
         raise ValueError(f"the log folder {log_root} cannot be written to: {error.strerror}") from None
 
 
-def _resumed(script_args: type[Args], argv: list[str] | None, run_or_checkpoint: Path, world_size: int) -> Args:
+def _resumed(
+    script_args: type[Args],
+    argv: list[str] | None,
+    run_or_checkpoint: Path,
+    world_size: int,
+    restarted: bool = False,
+) -> Args:
     """Parse the flags again, with those of the run that is resumed as defaults.
+
+    A run that the launcher restarted may be complete but for its test.
 
     Raises:
         ValueError: with one line, if the run cannot go on so.
@@ -108,7 +123,9 @@ def _resumed(script_args: type[Args], argv: list[str] | None, run_or_checkpoint:
             f"the run has {len(checkpoint['environments'])} environments in all, not {environments}: "
             "choose the number of processes and --num-envs accordingly"
         )
-    if checkpoint["update"] >= args.num_updates:
+    if restarted:
+        say(f"restarted: going on after update {checkpoint['update']} of {run_or_checkpoint}")
+    elif checkpoint["update"] >= args.num_updates:
         raise ValueError("the run is complete: raise --total-timesteps to train on")
     if checkpoint["world_size"] != world_size:
         say("resumed with another number of processes: from here on it is another run, not bit for bit the same")

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import NamedTuple, NoReturn
 
+from tqdm import tqdm
+
 # Both `torchrun` and `fabric run` set all of these, plain `python` none.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
@@ -58,7 +60,8 @@ def is_rank_zero() -> bool:
 def say(message: str) -> None:
     """Print one line for the user, once for all processes."""
     if is_rank_zero():
-        print(message, file=sys.stderr, flush=True)
+        tqdm.write(message, file=sys.stderr)  # above a progress bar, if there is one
+        sys.stderr.flush()
 
 
 def fail(message: str) -> NoReturn:

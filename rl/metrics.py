@@ -1,8 +1,11 @@
 """What is logged of an update, as means over all ranks."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from rl.ending import RunError
 from rl.loss import Losses
 from rl.rollout import Episodes
 
@@ -32,9 +35,14 @@ def name_means(sums: Tensor) -> dict[str, float]:
     """Name the means of what `sum_episodes` and `sum_losses` summed, one after the other, over all ranks.
 
     Without an episode that ended there is no mean return and no mean length.
+
+    Raises:
+        RunError: if a loss is NaN or infinite.
     """
     return_sum, length_sum, episodes, *loss_sums, steps = sums.tolist()
     means = {tag: loss_sum / steps for tag, loss_sum in zip(LOSS_TAGS, loss_sums, strict=True)}
+    if wrong := [tag for tag, mean in means.items() if not math.isfinite(mean)]:
+        raise RunError(f"{', '.join(wrong)} is NaN or infinite")
     if episodes:
         means |= {"Rewards/rew_avg": return_sum / episodes, "Game/ep_len_avg": length_sum / episodes}
     return means

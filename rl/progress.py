@@ -7,6 +7,7 @@ from datetime import timedelta
 from tqdm import tqdm
 
 from rl.args import CommonArgs
+from rl.ending import at_end
 
 PLAIN_LINES = 20  # about so many in a whole run
 
@@ -32,6 +33,7 @@ class Progress:
             disable=not enabled or self.plain,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
+        at_end(self.close)
 
     def show(self, update: int, scalars: dict[str, float]) -> None:
         """Show the state of the run after `update` updates, with the scalars that were logged."""

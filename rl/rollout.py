@@ -1,5 +1,9 @@
 """The rollout: what the environments answered to the agent. The only loop over environment steps."""
 
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +12,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from rl.agent import Agent
+from rl.ending import RunError
 from rl.spaces import stored_dtype
 
 ROWS_AT_ONCE = 2048  # bounds the memory that a convolutional network takes for a whole rollout
@@ -33,6 +38,24 @@ class Episodes(NamedTuple):
     lengths: list[int]  # number of steps of each
 
 
+@contextmanager
+def _exits_raise() -> Iterator[None]:
+    """Have an environment that calls `os._exit`, which ends a process without a word, raise SystemExit instead."""
+    real_exit, process_id = os._exit, os.getpid()
+
+    def exit_aloud(status: int) -> None:
+        if os.getpid() != process_id:
+            real_exit(status)  # a child that the environment forked
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = exit_aloud
+    try:
+        yield
+    finally:
+        os._exit = real_exit
+
+
+@_exits_raise()
 @torch.no_grad()
 def collect_rollout(
     agent: Agent, envs: VectorEnv, observations: np.ndarray, noise: Tensor
@@ -50,6 +73,9 @@ def collect_rollout(
 
     Returns:
         The rollout on the agent's device, the observations [N, *shape] to go on from, and the episodes that ended.
+
+    Raises:
+        RunError: if an environment fails, or what it returns is not finite; it names the environment and the step.
     """
     device = next(agent.parameters()).device
     shape = noise.shape[:2]  # T, N
@@ -69,14 +95,19 @@ def collect_rollout(
     raw_observations[0] = observations
     for t in range(len(noise)):
         acted[t] = agent.act(agent.observation_normalizer(raw[t].to(device)), noise[t])
-        step = envs.step(agent.distribution.to_env(acted[t]).numpy())
-        raw_observations[t + 1], rewards[t], terminations[t], truncations[t], info = step
+        try:
+            step = envs.step(agent.distribution.to_env(acted[t]).numpy())
+            raw_observations[t + 1], rewards[t], terminations[t], truncations[t], info = step
+        except (Exception, SystemExit) as error:
+            _check_finite(raw_observations[: t + 1], rewards[:t], final_observations)  # may be what it died of
+            raise RunError(f"{_owner(envs, error)} failed in step {t}: {_describe(error)}") from error
         if "final_obs" in info:
             for env in info["_final_obs"].nonzero()[0]:
                 final_observations[t, env] = info["final_obs"][env]
             episodes.returns.extend(info["episode"]["r"][info["_episode"]].tolist())
             episodes.lengths.extend(info["episode"]["l"][info["_episode"]].tolist())
 
+    _check_finite(raw_observations, rewards, final_observations)
     # Everything else follows from the whole at once, which is faster than step by step.
     raw, acted = raw.to(device), acted.to(device)
     observed = agent.observation_normalizer(raw)
@@ -100,3 +131,31 @@ def collect_rollout(
         next_values=next_values.masked_fill(terminated, 0.0),
     )
     return rollout, raw_observations[-1], episodes
+
+
+def _check_finite(
+    observations: np.ndarray, rewards: np.ndarray, final_observations: dict[tuple[int, int], np.ndarray]
+) -> None:
+    """Check what the environments returned; the observations are those before each step and after the last."""
+    finals = {place: value for place, value in final_observations.items() if not np.isfinite(value).all()}
+    for what, values in (("reward", rewards), ("observation", observations)):
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            step, env, *_ = np.argwhere(~np.isfinite(values))[0]
+            step -= what == "observation"  # the step that returned it; that of a reset counts as step -1
+            raise RunError(f"environment {env} returned a NaN or infinite {what} in step {step}: {values[step, env]}")
+    for (step, env), value in finals.items():
+        raise RunError(f"environment {env} returned a NaN or infinite final observation in step {step}: {value}")
+
+
+def _owner(envs: VectorEnv, error: BaseException) -> str:
+    """Return which environment's code raised the error, found by who runs in the frames of its traceback."""
+    running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    for index, env in enumerate(getattr(envs.unwrapped, "envs", [])):
+        if id(env.unwrapped) in running or id(getattr(env, "env", None)) in running:
+            return f"environment {index}"
+    return "an environment"
+
+
+def _describe(error: BaseException) -> str:
+    """Return the kind and the text of an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

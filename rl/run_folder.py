@@ -1,5 +1,6 @@
 """The folder of a run: where it lies, how it is named, and what is written into it first."""
 
+import os
 import re
 import time
 from dataclasses import asdict
@@ -7,19 +8,38 @@ from pathlib import Path
 from uuid import uuid4
 
 from rl.args import CommonArgs
+from rl.launch import is_rank_zero
 
 
 def choose_run_folder(args: CommonArgs) -> Path:
-    """Return the folder of the run: the one that is resumed, or a new one.
+    """Return the folder of the run: that which is resumed, that which this launch had before a restart, or a new one.
 
     The name of a new one is unique; it names date, environment, experiment and seed.
     """
     if args.resume:
         resumed = Path(args.resume)
-        return resumed if resumed.is_dir() else resumed.parent.parent
-    date = time.strftime("%Y-%m-%d_%H-%M-%S")
-    env_id = re.sub("[/:]", "-", args.env_id)
-    return args.log_root / f"{date}_{env_id}_{args.exp_name}_seed{args.seed}_{uuid4().hex[:4]}"
+        folder = resumed if resumed.is_dir() else resumed.parent.parent
+    elif (before := run_before_restart()) is not None:
+        folder = before
+    else:
+        date = time.strftime("%Y-%m-%d_%H-%M-%S")
+        env_id = re.sub("[/:]", "-", args.env_id)
+        folder = args.log_root / f"{date}_{env_id}_{args.exp_name}_seed{args.seed}_{uuid4().hex[:4]}"
+    if is_rank_zero() and (note := _note_of_launch()) is not None:
+        note.write_text(str(folder))
+    return folder
+
+
+def run_before_restart() -> Path | None:
+    """Return the folder of the run that this launch began before the launcher restarted the processes, if any."""
+    note = _note_of_launch()
+    return Path(folder) if note is not None and note.exists() and (folder := note.read_text()) else None
+
+
+def _note_of_launch() -> Path | None:
+    """Return where a launch keeps the name of its run: in the launcher's own folder, which outlives its processes."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <folder of the launch>/attempt_<n>/<local rank>/error.json
+    return Path(error_file).parents[2] / "run_folder" if error_file else None
 
 
 def hyperparameter_table(args: CommonArgs) -> str:

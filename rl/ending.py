@@ -1,0 +1,188 @@
+"""How a run ends: when it is done, on a signal, or because something broke; then with one line that says what."""
+
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Lock, Thread
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from rl.launch import is_rank_zero, leave, say
+from rl.peers import Peers, known_peers, missing_peers
+
+Args = TypeVar("Args")
+
+GRACE = 2  # seconds for a process to end by itself after a signal, then for its last writes
+NETWORK = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnect|[Tt]imed out|recvValue|Broken pipe")
+
+
+class RunError(Exception):
+    """Ends the run, with one line that says what went wrong and what to do."""
+
+
+class Stopped(BaseException):
+    """Ends the run because SIGINT or SIGTERM arrived."""
+
+
+_exit = os._exit  # an environment's is watched, see rl/rollout.py
+_ending = Lock()  # taken by the thread that ends the process
+_signal: signal.Signals | None = None
+_at_end: list[Callable[[], object]] = []
+_update = 0
+_resumable: Path | None = None
+_given_up: set[str] = set()
+
+
+def run(main: Callable[[Args], None], args: Args) -> None:
+    """Run the main function of a script to its end, or end the process with a line that says why not.
+
+    Whatever ends it, what was registered with `at_end` is done.
+    """
+    _listen()
+    try:
+        main(args)
+    except BaseException as error:
+        _end(error)
+    _ending.acquire()
+    _close()
+    if (peers := known_peers()) is not None:
+        peers.say_goodbye()
+    leave()
+
+
+def at_end(close: Callable[[], object]) -> None:
+    """Register what must be closed or written however the run ends; the last registered is closed first."""
+    _at_end.append(close)
+
+
+def updates(done: int, last: int) -> Iterator[int]:
+    """Count the updates after `done`, so that a line about an error can say in which one it happened."""
+    global _update
+    for update in range(done + 1, last + 1):
+        _update = update
+        yield update
+
+
+def can_resume(run_folder: Path) -> None:
+    """Remember that the run's folder holds a checkpoint, so that the line about a stopped run can say so."""
+    global _resumable
+    _resumable = run_folder
+
+
+@contextmanager
+def give_up(what: str) -> Iterator[None]:
+    """Go on without what the disk does not take; one line says so, once."""
+    try:
+        yield
+    except OSError as error:
+        if what not in _given_up:
+            say(f"warning: {what} cannot be written ({error.strerror or error}): training goes on without")
+        _given_up.add(what)
+
+
+def _listen() -> None:
+    """Have SIGINT and SIGTERM end the main thread with an exception, or the process if that thread hears nothing."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _hear)
+    Thread(target=_watch, args=(read_end,), daemon=True).start()
+
+
+def _hear(number: int, frame: FrameType | None) -> None:
+    global _signal
+    again, _signal = _signal is not None, signal.Signals(number)
+    if not again and not _ending.locked():
+        raise Stopped
+
+
+def _watch(read_end: int) -> None:
+    """End the process if the main thread cannot, because it waits for a process that does not answer."""
+    global _signal
+    number = os.read(read_end, 1)[0]
+    time.sleep(GRACE)
+    if not _ending.locked():
+        _signal = signal.Signals(number)
+        _end(Stopped())
+    time.sleep(2 * GRACE)
+    _exit(128 + number)
+
+
+def _end(error: BaseException) -> NoReturn:
+    """End this process: say why, unless another one did, then close what is open."""
+    if not _ending.acquire(blocking=False):
+        Event().wait()  # another thread is ending the process
+    message, code = _explain(error)
+    peers = known_peers()
+    if message and (peers is None or peers.may_speak()):
+        tqdm.write(message, file=sys.stderr)
+        if not isinstance(error, (RunError, Stopped)) and message.startswith("error: unexpected"):
+            traceback.print_exception(error)
+    if peers is not None:
+        peers.say_goodbye()
+    _close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _exit(code)  # at once: a process group whose members are gone cannot be left in order
+
+
+def _explain(error: BaseException) -> tuple[str | None, int]:
+    """Return the line that says what ended the run, None if there is nothing to say, and the exit code."""
+    peers = known_peers()
+    where = f"in update {_update}" if _update else "before the first update"
+    if isinstance(error, SystemExit):
+        return None, error.code if isinstance(error.code, int) else 1
+    if isinstance(error, RunError):
+        rank = f"rank {peers.rank}, " if peers is not None and len(peers.places) > 1 else ""
+        return f"error: {error} ({rank}{where.removeprefix('in ')})", 1
+    # A process that is gone breaks the connections of the others, and the launcher then sends them a signal.
+    is_network = isinstance(error, RuntimeError) and NETWORK.search(str(error)) is not None
+    if peers is not None and (is_network or isinstance(error, Stopped)):
+        if culprits := _culprits(peers):
+            return f"error: {culprits} {where}", 1
+        if _signal is None and peers.left():
+            return None, 1  # that one has said why
+    if _signal is not None:
+        if missing := missing_peers():
+            return f"error: rank {', '.join(map(str, missing))} had not started when {_signal.name} arrived", 1
+        resume = f"; go on with --resume {_resumable}" if _resumable else ""
+        return f"stopped by {_signal.name} {where}{resume}" if is_rank_zero() else None, 128 + _signal
+    if is_network and peers is not None:
+        silent = peers.name(peers.silent()) or "a connection broke: one of the processes"
+        return f"error: {silent} does not answer {where}; if it is only slow, raise --timeout", 1
+    if isinstance(error, TimeoutError):
+        return f"error: {error}", 1
+    if isinstance(error, RuntimeError) and "non-finite" in str(error):  # as clipping says it
+        return f"error: the gradient is NaN or infinite {where}; the weights are still those before that step", 1
+    reason = " ".join(str(error).split())
+    return f"error: unexpected {type(error).__name__} {where}: {reason}", 1
+
+
+def _culprits(peers: Peers) -> str:
+    """Return who died or is stopped, if anybody; a death may show a moment later than its consequences."""
+    deadline = time.monotonic() + GRACE / 2
+    while not (died := peers.died()) and not peers.left() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if died:
+        return f"{peers.name(died)} died"
+    if stopped := peers.stopped():
+        return f"{peers.name(stopped)} is stopped and does not answer"
+    return ""
+
+
+def _close() -> None:
+    while _at_end:
+        close = _at_end.pop()
+        try:
+            close()
+        except Exception as error:  # the others must be closed all the same
+            say(f"warning: {getattr(close, '__qualname__', close)} failed: {error}")
