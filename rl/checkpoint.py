@@ -76,7 +76,7 @@ class Checkpoints:
         self.unwritten = (self.folder / f"update_{update:08d}.ckpt", file.getvalue())
         is_last = update == self.args.num_updates
         if is_last or update % self.args.checkpoint_every == 0:
-            with give_up(f"the checkpoint of update {update} in {self.folder}"):
+            with give_up(f"a checkpoint in {self.folder}"):
                 self.write()
         if is_last and self.unwritten:
             raise RunError(f"the last checkpoint cannot be written: make room in {self.folder}, then use --resume")

@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from rl.channel import LEAD_TRAINER, PLAYER, Channel
+from rl.ending import RunError
 from rl.launch import leave, read_ranks
+from rl.peers import join
 
 ROUNDS = 2
 ROW_BYTES = 5
+TIMEOUT = 60
 
 
 def exchange(channel: Channel, rank: int, num_rows: int, turn: int) -> dict:
@@ -48,19 +51,22 @@ def bits(agent: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten().view(torch.int32) for parameter in agent.parameters()])
 
 
-def exchange_optimizer_state(channel: Channel, rank: int) -> list[torch.Tensor]:
-    """What goes with a checkpoint: the state of Adam after two steps of the trainers, none of the player."""
+def exchange_state(channel: Channel, rank: int) -> list[torch.Tensor]:
+    """What goes with a checkpoint: weights and Adam's state after two steps of the trainers, none of the player."""
     torch.manual_seed(rank)
     agent = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(agent.parameters())
     if rank == PLAYER:
-        channel.receive_optimizer_state(optimizer)
+        channel.receive_state(agent, optimizer)
     else:
         for _ in range(2):
             agent(torch.rand(4, 3)).square().sum().backward()
             optimizer.step()
-        channel.send_optimizer_state(optimizer)
-    return [optimizer.state[p][name] for p in agent.parameters() for name in ("step", "exp_avg", "exp_avg_sq")]
+        channel.send_state(agent, optimizer)
+    parameters = [parameter.detach() for parameter in agent.parameters()]
+    return parameters + [
+        optimizer.state[p][name] for p in agent.parameters() for name in ("step", "exp_avg", "exp_avg_sq")
+    ]
 
 
 def refuses_different_weights(channel: Channel, rank: int) -> bool:
@@ -71,17 +77,19 @@ def refuses_different_weights(channel: Channel, rank: int) -> bool:
         agent.bias.data.view(torch.int32)[0] ^= 1
     try:
         channel.check_weights(agent, 7)
-    except SystemExit:
+    except RunError as error:
+        print(error, file=sys.stderr)
         return True
     return False
 
 
 def use_channel(output: Path, num_rows: int) -> None:
     ranks = read_ranks()
-    channel = Channel(ranks.rank, ranks.world_size, "gloo")
+    join(ranks, "gloo", TIMEOUT)
+    channel = Channel(ranks.rank, ranks.world_size, "gloo", TIMEOUT)
     kept = {
         "rounds": [exchange(channel, ranks.rank, num_rows, turn) for turn in range(ROUNDS)],
-        "optimizer": exchange_optimizer_state(channel, ranks.rank),
+        "state": exchange_state(channel, ranks.rank),
         "refuses": refuses_different_weights(channel, ranks.rank),
     }
     torch.save(kept, output / f"rank{ranks.rank}_of_{ranks.world_size}.pt")

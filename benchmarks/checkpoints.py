@@ -1,0 +1,80 @@
+"""What exact resume costs: recording the environments, and writing a checkpoint.
+
+    python -m benchmarks.checkpoints
+
+Interleaved repeats on one machine, one thread; medians.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+
+from rl.agent import Agent
+from rl.args import CommonArgs
+from rl.checkpoint import Checkpoints, environment_states
+from rl.envs import make_envs, read_spaces, reset_envs
+
+ENV_IDS = ("CartPole-v1", "LunarLander-v3", "BipedalWalker-v3")
+REPEATS = 15
+STEPS = 1024  # of each environment, in each repeat
+
+
+def forgetful_envs(args: CommonArgs) -> VectorEnv:
+    """Return the environments that the scripts would have if nothing were recorded."""
+    return RecordEpisodeStatistics(
+        SyncVectorEnv(
+            [partial(gym.make, args.env_id)] * args.num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP
+        )
+    )
+
+
+def seconds_for(envs: VectorEnv, actions: np.ndarray) -> float:
+    """Return how long the environments take for some actions."""
+    reset_envs(envs, 0, 0)
+    start = time.perf_counter()
+    for step_actions in actions:
+        envs.step(step_actions)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure every environment and print a table."""
+    torch.set_num_threads(1)
+    print("| environment | recording, % of the environments' time | checkpoint, kB | gather and write, ms |")
+    print("| --- | --- | --- | --- |")
+    for env_id in ENV_IDS:
+        args = CommonArgs(env_id=env_id, num_envs=8)
+        envs, plain = make_envs(args, args.num_envs), forgetful_envs(args)
+        envs.action_space.seed(0)
+        actions = np.array([envs.action_space.sample() for _ in range(STEPS)])
+        ratios = [seconds_for(envs, actions) / seconds_for(plain, actions) for _ in range(REPEATS)]
+
+        agent = Agent(*read_spaces(args), args)
+        optimizer = torch.optim.Adam(agent.parameters())
+        sum(parameter.sum() for parameter in agent.parameters()).backward()
+        optimizer.step()
+        observations = reset_envs(envs, 0, 0)
+        for step_actions in actions:
+            observations, *_ = envs.step(step_actions)
+        seconds = []
+        with TemporaryDirectory(dir=".") as folder:
+            checkpoints = Checkpoints(Path(folder), args)
+            for update in range(1, REPEATS + 1):
+                start = time.perf_counter()
+                environments = environment_states(envs, observations, agent, gather=lambda rows: rows)
+                checkpoints.add(update, agent, optimizer, {}, environments)
+                seconds.append(time.perf_counter() - start)
+            kilobytes = max(path.stat().st_size for path in Path(folder).glob("*/*.ckpt")) / 1000
+        print(f"| {env_id} | {100 * (median(ratios) - 1):.1f} | {kilobytes:.0f} | {1000 * median(seconds):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
