@@ -1,5 +1,6 @@
 """The command line: parsed and checked before anything slow is imported and before processes meet."""
 
+import os
 import tempfile
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
@@ -53,10 +54,10 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         before = run_before_restart()
         if before is not None and any(before.glob("checkpoints/*.ckpt")):
             args = _resumed(script_args, argv, before, world_size, restarted=True)
-        elif before is not None:
-            say(f"restarted: no checkpoint yet, beginning anew in {before}")
         elif args.resume:
             args = _resumed(script_args, argv, Path(args.resume), world_size)
+        elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            say("restarted: no checkpoint yet, beginning anew")
         args.check_processes(world_size)
         args = replace(args, env_id=resolve_env_id(args.env_id))
         observation_space, action_space = read_spaces(args)
