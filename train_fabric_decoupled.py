@@ -56,7 +56,7 @@ from rl.seeding import Purpose, stream, stream_seed
 def main(args: DecoupledArgs) -> None:
     """Launch: every process takes its place, then its part."""
     # The device is ours to choose, so what `fabric run` would choose is set aside; torchrun then works as well.
-    for name in ("LT_CLI_USED", "LT_ACCELERATOR", "LT_DEVICES", "LT_STRATEGY"):
+    for name in ("LT_CLI_USED", "LT_ACCELERATOR", "LT_DEVICES", "LT_NUM_NODES", "LT_STRATEGY"):
         os.environ.pop(name, None)
     torch.set_num_threads(1)
     ranks = read_ranks()
@@ -173,7 +173,7 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     if num_trainers == 1:
         strategy = SingleDeviceStrategy(device)
     else:
-        devices = [device] * ranks.local_world_size
+        devices = [device] * ranks.world_size  # one for each process, on however many machines; Fabric takes its own
         strategy = DDPStrategy(parallel_devices=devices, process_group=channel.trainers.group)
     fabric = Fabric(accelerator=device.type, strategy=strategy)
     fabric.launch()

@@ -40,6 +40,7 @@ class Peers:
         self.rank = rank
         self.places = places
         self.store = store
+        self.store_is_lost = False
 
     def died(self) -> list[int]:
         """Return the ranks on this host whose process ended without saying goodbye."""
@@ -57,6 +58,8 @@ class Peers:
         """Return the ranks that do not wait for the others as this one does; it takes a moment to know."""
         self._ask(lambda: self.store.set(f"waiting/{self.rank}", ""))
         time.sleep(2)
+        if self.store_is_lost:  # with the network: nobody on another host can be heard
+            return [rank for rank in self._others() if self.places[rank].host != self.places[self.rank].host]
         return [rank for rank in self._others() if not self._has(f"waiting/{rank}")]
 
     def say_goodbye(self) -> None:
@@ -88,9 +91,10 @@ class Peers:
     def _has(self, key: str) -> bool:
         return bool(self._ask(lambda: self.store.check([key])))
 
-    @staticmethod
-    def _ask(question: Callable[[], Any], patience: float = 2) -> Any:
-        """Return the store's answer, None if it is out of reach."""
+    def _ask(self, question: Callable[[], Any], patience: float = 2) -> Any:
+        """Return the store's answer, None if it is out of reach; it is not asked again then."""
+        if self.store_is_lost:
+            return None
         answers: SimpleQueue[Any] = SimpleQueue()
 
         def ask() -> None:
@@ -103,6 +107,7 @@ class Peers:
         try:
             return answers.get(timeout=patience)
         except Empty:
+            self.store_is_lost = True
             return None
 
 

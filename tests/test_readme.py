@@ -1,5 +1,6 @@
 """Every command of the README is one that works: its files exist, its flags parse."""
 
+import math
 import os
 import re
 import shlex
@@ -44,8 +45,8 @@ def test_the_readme_has_the_commands_that_the_suite_promises():
 def test_the_flags_of_a_training_command_parse(command, tmp_path, monkeypatch):
     command = re.sub(r"--resume \S+", "", command)  # tests/test_resume.py resumes real runs
     launcher, script, flags = re.fullmatch(r"(.*?)(\w+\.py)(.*)", command).groups()
-    processes = re.search(r"--(?:nproc_per_node|devices)=(\d+)", launcher)
-    world_size = processes[1] if processes else "1"
+    counts = re.findall(r"--(?:nproc_per_node|devices|nnodes|num-nodes)=(\d+)", launcher)
+    world_size = str(math.prod(map(int, counts)))
     for name, value in zip(LAUNCH_VARIABLES, ("0", "0", world_size, world_size, "localhost", "0"), strict=True):
         monkeypatch.setenv(name, value)
     if launcher.startswith("fabric run"):
