@@ -30,7 +30,7 @@ class Channel:
     Args:
         rank: of this process.
         world_size: number of processes: one player and N trainers. They have joined a group of all, with gloo.
-        backend: of the trainers among themselves.
+        backend: of the trainers among themselves; gloo if any process says so.
         timeout: seconds that a process waits for another.
     """
 
@@ -42,6 +42,8 @@ class Channel:
         patience = timedelta(seconds=timeout)
         trainers = list(range(1, world_size))
         self.everyone = TorchCollective().setup()
+        shared_gpus = self.everyone.all_reduce(torch.tensor(int(backend == "gloo")))  # on any machine
+        backend = "gloo" if shared_gpus else backend
         self.lead_and_player = TorchCollective().create_group(
             ranks=[PLAYER, LEAD_TRAINER], backend="gloo", timeout=patience
         )

@@ -74,20 +74,18 @@ class Checkpoints:
         file = io.BytesIO()
         torch.save(checkpoint, file)
         self.unwritten = (self.folder / f"update_{update:08d}.ckpt", file.getvalue())
+        can_resume(self.folder.parent)
         is_last = update == self.args.num_updates
         if is_last or update % self.args.checkpoint_every == 0:
-            with give_up(f"a checkpoint in {self.folder}"):
-                self.write()
+            self.write()
         if is_last and self.unwritten:
             raise RunError(f"the last checkpoint cannot be written: make room in {self.folder}, then use --resume")
 
+    @give_up("a checkpoint")
     def write(self) -> None:
-        """Write what is not yet on the disk, and drop the oldest.
+        """Write what is not yet on the disk, if that takes it, and drop the oldest.
 
         The file appears under its name only once it is whole on the disk, so a crash leaves those before.
-
-        Raises:
-            OSError: if the disk does not take it.
         """
         if not self.unwritten:
             return
@@ -107,7 +105,6 @@ class Checkpoints:
         os.fsync(folder)  # the new name, too, is on the disk now
         os.close(folder)
         self.unwritten = None
-        can_resume(self.folder.parent)
         present = sorted(self.folder.glob("update_*.ckpt"))
         newer = [other for other in present if other > path]  # of a run that went on before this one was resumed
         for other in newer + [other for other in present if other <= path][: -self.args.keep_checkpoints]:

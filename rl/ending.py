@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ class Stopped(BaseException):
     """Ends the run because SIGINT or SIGTERM arrived."""
 
 
-_exit = os._exit  # an environment's is watched, see rl/rollout.py
+_exit = os._exit  # it is replaced while a script runs
 _ending = Lock()  # taken by the thread that ends the process
 _signal: signal.Signals | None = None
 _at_end: list[Callable[[], object]] = []
@@ -47,6 +48,8 @@ def run(main: Callable[[Args], None], args: Args) -> None:
     Whatever ends it, what was registered with `at_end` is done.
     """
     _listen()
+    _have_exits_raise()
+    threading.excepthook = _leave_to_main_thread
     try:
         main(args)
     except BaseException as error:
@@ -72,7 +75,7 @@ def updates(done: int, last: int) -> Iterator[int]:
 
 
 def can_resume(run_folder: Path) -> None:
-    """Remember that the run's folder holds a checkpoint, so that the line about a stopped run can say so."""
+    """Remember that the run's folder holds a checkpoint, or will at the end, for the line about a stopped run."""
     global _resumable
     _resumable = run_folder
 
@@ -82,9 +85,12 @@ def give_up(what: str) -> Iterator[None]:
     """Go on without what the disk does not take; one line says so, once."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        cause = error.__cause__ or error  # Lightning's logger wraps it
+        if not isinstance(cause, OSError):
+            raise
         if what not in _given_up:
-            say(f"warning: {what} cannot be written ({error.strerror or error}): training goes on without")
+            say(f"warning: {what} cannot be written ({cause.strerror or cause}): training goes on without")
         _given_up.add(what)
 
 
@@ -96,6 +102,24 @@ def _listen() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _hear)
     Thread(target=_watch, args=(read_end,), daemon=True).start()
+
+
+def _have_exits_raise() -> None:
+    """Have an environment that calls `os._exit`, which ends a process without a word, raise SystemExit instead."""
+    process_id = os.getpid()
+
+    def exit_aloud(status: int) -> None:
+        if os.getpid() != process_id:
+            _exit(status)  # a child that the environment forked
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = exit_aloud
+
+
+def _leave_to_main_thread(failed: threading.ExceptHookArgs) -> None:
+    """Print nothing about the thread that writes the log if the disk fails it: it passes the error on."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
@@ -139,8 +163,8 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     """Return the line that says what ended the run, None if there is nothing to say, and the exit code."""
     peers = known_peers()
     where = f"in update {_update}" if _update else "before the first update"
-    if isinstance(error, SystemExit):
-        return None, error.code if isinstance(error.code, int) else 1
+    if isinstance(error, SystemExit) and peers is None:
+        return None, 1  # `fail` has said why; later nothing of ours exits so
     if isinstance(error, RunError):
         rank = f"rank {peers.rank}, " if peers is not None and len(peers.places) > 1 else ""
         return f"error: {error} ({rank}{where.removeprefix('in ')})", 1
@@ -157,7 +181,9 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
         resume = f"; go on with --resume {_resumable}" if _resumable else ""
         return f"stopped by {_signal.name} {where}{resume}" if is_rank_zero() else None, 128 + _signal
     if is_network and peers is not None:
-        silent = peers.name(peers.silent()) or "a connection broke: one of the processes"
+        silent = peers.name(peers.silent()) or "another process"
+        if "imed out" not in str(error):
+            return f"error: the connection to {silent} broke {where}", 1
         return f"error: {silent} does not answer {where}; if it is only slow, raise --timeout", 1
     if isinstance(error, TimeoutError):
         return f"error: {error}", 1
@@ -185,4 +211,5 @@ def _close() -> None:
         try:
             close()
         except Exception as error:  # the others must be closed all the same
-            say(f"warning: {getattr(close, '__qualname__', close)} failed: {error}")
+            if not (_given_up and isinstance(error, OSError)):  # else a line has said so
+                say(f"warning: {getattr(close, '__qualname__', close)} failed: {error}")

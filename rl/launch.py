@@ -65,13 +65,14 @@ def say(message: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End this process for a mistake that every rank sees alike: rank 0 says what is wrong, in one line.
+    """End this process for a mistake that every rank of a machine sees alike: the first says what, in one line.
 
     Raises:
         SystemExit: always, with code 1.
     """
-    say(f"error: {message}")
     wait_for_rank_zero()
+    if is_rank_zero() or os.environ["LOCAL_RANK"] == "0":
+        tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 
 

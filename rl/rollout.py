@@ -1,9 +1,6 @@
 """The rollout: what the environments answered to the agent. The only loop over environment steps."""
 
-import os
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -38,24 +35,6 @@ class Episodes(NamedTuple):
     lengths: list[int]  # number of steps of each
 
 
-@contextmanager
-def _exits_raise() -> Iterator[None]:
-    """Have an environment that calls `os._exit`, which ends a process without a word, raise SystemExit instead."""
-    real_exit, process_id = os._exit, os.getpid()
-
-    def exit_aloud(status: int) -> None:
-        if os.getpid() != process_id:
-            real_exit(status)  # a child that the environment forked
-        raise SystemExit(f"os._exit({status})")
-
-    os._exit = exit_aloud
-    try:
-        yield
-    finally:
-        os._exit = real_exit
-
-
-@_exits_raise()
 @torch.no_grad()
 def collect_rollout(
     agent: Agent, envs: VectorEnv, observations: np.ndarray, noise: Tensor
@@ -137,14 +116,21 @@ def _check_finite(
     observations: np.ndarray, rewards: np.ndarray, final_observations: dict[tuple[int, int], np.ndarray]
 ) -> None:
     """Check what the environments returned; the observations are those before each step and after the last."""
-    finals = {place: value for place, value in final_observations.items() if not np.isfinite(value).all()}
     for what, values in (("reward", rewards), ("observation", observations)):
-        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-            step, env, *_ = np.argwhere(~np.isfinite(values))[0]
-            step -= what == "observation"  # the step that returned it; that of a reset counts as step -1
-            raise RunError(f"environment {env} returned a NaN or infinite {what} in step {step}: {values[step, env]}")
-    for (step, env), value in finals.items():
-        raise RunError(f"environment {env} returned a NaN or infinite final observation in step {step}: {value}")
+        if (place := _first_not_finite(values)) is not None:
+            step = place[0] - (what == "observation")  # the step that returned it; that of a reset counts as step -1
+            raise RunError(f"environment {place[1]} returned a NaN or infinite {what} in step {step}: {values[place]}")
+    for (step, env), values in final_observations.items():
+        if (place := _first_not_finite(values)) is not None:
+            what = f"final observation in step {step}: {values[place]}"
+            raise RunError(f"environment {env} returned a NaN or infinite {what}")
+
+
+def _first_not_finite(values: np.ndarray) -> tuple[int, ...] | None:
+    """Return the place of the first number that is NaN or infinite, if there is one."""
+    if not np.issubdtype(values.dtype, np.floating) or np.isfinite(values).all():
+        return None
+    return tuple(np.argwhere(~np.isfinite(values))[0].tolist())
 
 
 def _owner(envs: VectorEnv, error: BaseException) -> str:

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 import pytest
@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers"
 BIN = Path(sys.executable).parent  # not resolved: in a virtual environment python is a link
+
+Answer = TypeVar("Answer")
 
 MARK = "PPO_TEST_LAUNCH"  # every process of a launch inherits this variable with a value of its own
 
@@ -31,6 +33,36 @@ UNWANTED = re.compile(
 )
 
 
+class Running(NamedTuple):
+    """A launch that runs; what `run` is told to do meanwhile may look at it and disturb it."""
+
+    process: subprocess.Popen
+    cwd: Path
+    mark: str
+    files: tuple[IO[bytes], IO[bytes]]
+
+    @property
+    def output(self) -> str:
+        return "".join(map(_text, self.files))
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the launch has written a text."""
+        self._wait(lambda: text in self.output, repr(text))
+
+    def rank(self, rank: int) -> int:
+        """The process id of a rank, as soon as a launcher has started it."""
+        (process_id,) = self._wait(lambda: _running(f"{MARK}={self.mark}", f"RANK={rank}"), f"rank {rank}")
+        return process_id
+
+    def _wait(self, look: Callable[[], Answer], what: str, patience: float = 120) -> Answer:
+        deadline = time.perf_counter() + patience
+        while not (found := look()):
+            assert self.process.poll() is None, f"ended without {what}\n{self.output}"
+            assert time.perf_counter() < deadline, f"no {what} within {patience} s\n{self.output}"
+            time.sleep(0.02)
+        return found
+
+
 class Finished(NamedTuple):
     """A launch that has ended by itself."""
 
@@ -39,8 +71,9 @@ class Finished(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
-    seconds: float
+    seconds: float  # since it was started or, where something was done meanwhile, since that was done
     left: list[str]  # command lines of processes that outlived the launcher; they were killed
+    seen: Any  # what was returned by what was done meanwhile
 
     @property
     def output(self) -> str:
@@ -56,8 +89,9 @@ def python(script: str | Path, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / script), *flags]
 
 
-def torchrun(processes: int, script: str | Path, *flags: str) -> list[str]:
-    return [str(BIN / "torchrun"), f"--nproc_per_node={processes}", "--standalone", str(ROOT / script), *flags]
+def torchrun(processes: int, script: str | Path, *flags: str, options: tuple[str, ...] = ()) -> list[str]:
+    launcher = [str(BIN / "torchrun"), f"--nproc_per_node={processes}", "--standalone", *options]
+    return [*launcher, str(ROOT / script), *flags]
 
 
 def fabric_run(processes: int, script: str | Path, *flags: str, options: tuple[str, ...] = ()) -> list[str]:
@@ -80,18 +114,24 @@ def free_port() -> int:
 _ports_given: set[int] = set()
 
 
-def run(command: list[str], cwd: Path, timeout: float, env: Mapping[str, str] | None = None) -> Finished:
+def run(
+    command: list[str],
+    cwd: Path,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    meanwhile: Callable[[Running], Any] | None = None,
+) -> Finished:
     """Run a command to its end, in a session of its own and with nothing inherited from another launcher.
 
     GPUs are hidden, so that the commands do on every machine what they do on the CPU; `env` may show them again.
-    When the time is over every process of the launch is killed, and the test fails with what they wrote.
+    When the time is over every process of the launch is killed, and the test fails with what they wrote. What is done
+    `meanwhile` has a limit of its own, and the time begins after it.
     """
     inherited = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
     mark = uuid4().hex
     environment = inherited | {"CUDA_VISIBLE_DEVICES": ""} | dict(env or {}) | {MARK: mark}
     # Files instead of pipes: a process that is left behind would keep a pipe open, and us waiting.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start = time.perf_counter()
         process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -102,6 +142,11 @@ def run(command: list[str], cwd: Path, timeout: float, env: Mapping[str, str] | 
             start_new_session=True,
         )
         try:
+            start = time.perf_counter()
+            seen = None
+            if meanwhile:
+                seen = meanwhile(Running(process, cwd, mark, (out, err)))
+                start = time.perf_counter()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
             seconds = time.perf_counter() - start
@@ -111,25 +156,28 @@ def run(command: list[str], cwd: Path, timeout: float, env: Mapping[str, str] | 
         stdout, stderr = (_text(file) for file in (out, err))
     if seconds >= timeout:
         pytest.fail(f"{' '.join(command)}\ndid not end within {timeout} s\n{stdout[-5000:]}\n{stderr[-5000:]}")
-    return Finished(command, cwd, process.returncode, stdout, stderr, seconds, left)
+    return Finished(command, cwd, process.returncode, stdout, stderr, seconds, left, seen)
 
 
 def assert_no_process_is_left(finished: Finished) -> None:
     assert not finished.left, f"{' '.join(finished.command)}\nleft behind: {finished.left}"
 
 
-def _text(file: tempfile._TemporaryFileWrapper) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace")
+def _text(file: IO[bytes]) -> str:
+    """All of a file. It is not moved to another place in it: that is where those who inherited it write."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
 
 
-def _running(mark: str) -> dict[int, str]:
-    """The process ids and command lines of a launch. The group is not enough: torchrun starts ranks in sessions."""
+def _running(*variables: str) -> dict[int, str]:
+    """The process ids and command lines of those who were started with all these variables, `NAME=value`.
+
+    So the processes of a launch are found. Its group is not enough: torchrun starts ranks in sessions.
+    """
     found = {}
     assert Path("/proc/self/environ").exists(), "the tests look for processes in /proc"
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it may end while we look
-            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+            if {*variables} <= {*(process / "environ").read_text().split("\0")}:
                 found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ").strip()
     return found
 
@@ -137,7 +185,7 @@ def _running(mark: str) -> dict[int, str]:
 def _left_after(mark: str, patience: float) -> list[str]:
     """What still runs when `patience` seconds have passed."""
     deadline = time.perf_counter() + patience
-    while (left := _running(mark)) and time.perf_counter() < deadline:
+    while (left := _running(f"{MARK}={mark}")) and time.perf_counter() < deadline:
         time.sleep(0.05)
     return list(left.values())
 
@@ -147,7 +195,7 @@ def _kill(process: subprocess.Popen, mark: str) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    while left := _running(mark):
+    while left := _running(f"{MARK}={mark}"):
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """E5: a run that is stopped and resumed equals the run that never stopped, bit for bit."""
 
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -109,14 +110,35 @@ def stopped(runs, tmp_path):
     return folder
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs, stopped):
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    """Flip it in the middle of the largest tensor."""
+    largest = max(zipfile.ZipFile(path).infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs, stopped, damage):
     newest = checkpoint(stopped, 2)
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    damage(newest)
     finished = run(python(FABRIC, "--resume", str(stopped)), cwd=stopped.parents[2], timeout=60)
     assert finished.returncode == 0
     assert finished.stderr.count(f"{newest} cannot be read") == finished.stderr.count("going back") == 1
     expected = tensors(runs["fabric, 1 process"][0])
     assert all(torch.equal(value, expected[key]) for key, value in tensors(stopped).items())
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(stopped):
+    flip_a_bit(newest := checkpoint(stopped, 2))
+    finished = run(python(FABRIC, "--resume", str(newest)), cwd=stopped.parents[2], timeout=60)
+    assert finished.returncode == 1
+    (line,) = finished.output.splitlines()
+    assert line.startswith(f"error: {newest} cannot be read")
 
 
 @pytest.mark.parametrize(
