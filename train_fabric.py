@@ -57,13 +57,18 @@ def main(args: FabricArgs) -> None:
 
     # Log: only rank 0 writes.
     run_folder = choose_run_folder(args)
-    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps + 1)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps)
     if rank == 0:
         at_end(lambda: logger.finalize("success"))
         logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
     progress = Progress(args, enabled=rank == 0, done=done)
     checkpoints = Checkpoints(run_folder, args)
     fabric = Fabric(accelerator=accelerator, devices=devices, loggers=logger)
+
+    def log(scalars: dict[str, float], update: int) -> None:
+        with give_up("the log"):
+            fabric.log_dict(scalars, update * args.num_steps)
+            logger.save()
 
     # Exchange: sums over all ranks, and the rows of all ranks one after the other.
     def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -97,6 +102,7 @@ def main(args: FabricArgs) -> None:
         fabric.backward(fabric_agent.training_step(row, 1).loss)
         observations = restore(checkpoint, agent, optimizer, envs, env_indices[0])
         scalars = checkpoint["scalars"]
+        log(scalars, done)  # from here on the log is written anew
 
     # Loop over updates
     for update in updates(done, args.num_updates):
@@ -151,9 +157,7 @@ def main(args: FabricArgs) -> None:
         scalars |= name_means(sum_over_ranks(sums))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
-        with give_up("the log"):
-            fabric.log_dict(scalars, update * args.num_steps)
-            logger.save()
+        log(scalars, update)
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
@@ -167,8 +171,7 @@ def main(args: FabricArgs) -> None:
         test_videos = run_folder / "test_videos" if args.capture_video else None
         results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
         test_return = results.returns.mean()
-        with give_up("the log"):
-            fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+        log({"Test/cumulative_reward": test_return}, args.num_updates)
         print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
 
 

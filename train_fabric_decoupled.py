@@ -77,12 +77,17 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
     # Log
     run_folder = choose_run_folder(args)
-    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps + 1)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps)
     fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=logger)
     at_end(lambda: logger.finalize("success"))
     logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
     progress = Progress(args, enabled=True, done=done)
     checkpoints = Checkpoints(run_folder, args)
+
+    def log(scalars: dict[str, float], update: int) -> None:
+        with give_up("the log"):
+            fabric.log_dict(scalars, update * args.num_steps)
+            logger.save()
 
     # Environments
     record = record_training(run_folder / "train_videos") if args.capture_video else None
@@ -100,6 +105,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     if checkpoint:
         observations = restore(checkpoint, agent, optimizer, envs, 0)
         scalars = checkpoint["scalars"]
+        log(scalars, done)  # from here on the log is written anew
 
     # Loop over updates
     for update in updates(done, args.num_updates):
@@ -141,9 +147,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         scalars |= name_means(torch.cat([sum_episodes(episodes), losses]))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
-        with give_up("the log"):
-            fabric.log_dict(scalars, update * args.num_steps)
-            logger.save()
+        log(scalars, update)
         progress.show(update, scalars)
 
         # Checkpoint: the new weights and the optimizer's state arrive from the lead trainer.
@@ -157,8 +161,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     test_videos = run_folder / "test_videos" if args.capture_video else None
     results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
     test_return = results.returns.mean()
-    with give_up("the log"):
-        fabric.log("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+    log({"Test/cumulative_reward": test_return}, args.num_updates)
     print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
 
 

@@ -57,12 +57,19 @@ def main(args: TorchArgs) -> None:
 
     # Log: only rank 0 writes.
     run_folder = choose_run_folder(args)
-    logger = SummaryWriter(run_folder, purge_step=done * args.num_steps + 1) if rank == 0 else None
+    logger = SummaryWriter(run_folder, purge_step=done * args.num_steps) if rank == 0 else None
     if rank == 0:
         at_end(logger.close)
         logger.add_text("hyperparameters", hyperparameter_table(args))
     progress = Progress(args, enabled=rank == 0, done=done)
     checkpoints = Checkpoints(run_folder, args)
+
+    def log(scalars: dict[str, float], update: int) -> None:
+        if rank == 0:
+            with give_up("the log"):
+                for tag, value in scalars.items():
+                    logger.add_scalar(tag, value, update * args.num_steps)
+                logger.flush()
 
     # Exchange: sums over all ranks, and the rows of all ranks one after the other.
     def sum_over_ranks(tensor: Tensor) -> Tensor:
@@ -99,6 +106,7 @@ def main(args: TorchArgs) -> None:
         ppo_loss(ddp_agent, row, 1, args).loss.backward()
         observations = restore(checkpoint, agent, optimizer, envs, env_indices[0])
         scalars = checkpoint["scalars"]
+        log(scalars, done)  # from here on the log is written anew
 
     # Loop over updates
     for update in updates(done, args.num_updates):
@@ -153,11 +161,7 @@ def main(args: TorchArgs) -> None:
         scalars |= name_means(sum_over_ranks(sums))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
-        if rank == 0:
-            with give_up("the log"):
-                for tag, value in scalars.items():
-                    logger.add_scalar(tag, value, update * args.num_steps)
-                logger.flush()
+        log(scalars, update)
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
@@ -171,8 +175,7 @@ def main(args: TorchArgs) -> None:
         test_videos = run_folder / "test_videos" if args.capture_video else None
         results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
         test_return = results.returns.mean()
-        with give_up("the log"):
-            logger.add_scalar("Test/cumulative_reward", test_return, args.num_updates * args.num_steps)
+        log({"Test/cumulative_reward": test_return}, args.num_updates)
         print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
 
 
