@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rl.ending import RunError
+from rl.launch import RunError
 
 
 def weights_checksum(agent: nn.Module) -> Tensor:

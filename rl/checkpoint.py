@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.ending import RunError, at_end, can_resume, give_up
+from rl.ending import at_end, can_resume, give_up
 from rl.envs import read_spaces
-from rl.launch import is_rank_zero, read_ranks, say
+from rl.launch import RunError, is_rank_zero, read_ranks, say
 from rl.replay import ReplayableEnvs
 
 KEYS = {"agent", "optimizer", "update", "global_step", "args", "world_size", "scalars", "environments"}

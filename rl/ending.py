@@ -16,17 +16,13 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from rl.launch import is_rank_zero, leave, say
+from rl.launch import RunError, is_rank_zero, leave, say
 from rl.peers import Peers, known_peers, missing_peers
 
 Args = TypeVar("Args")
 
 GRACE = 2  # seconds for a process to end by itself after a signal, then for its last writes
 NETWORK = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnect|[Tt]imed out|recvValue|Broken pipe")
-
-
-class RunError(Exception):
-    """Ends the run, with one line that says what went wrong and what to do."""
 
 
 class Stopped(BaseException):

@@ -19,7 +19,7 @@ from rl.args import EnvironmentArgs
 from rl.checkpoint import load_agent
 from rl.distributions import draw_action_noise
 from rl.envs import check_video, make_envs, record_first_episode, reset_envs
-from rl.launch import fail, say
+from rl.launch import RunError, fail, say
 from rl.seeding import Purpose
 from rl.spaces import stored_dtype
 
@@ -118,9 +118,9 @@ def main() -> None:
         agent, args = load_agent(options.run_or_checkpoint)
         if options.video:
             check_video(args)
-    except ValueError as error:
+        results = evaluate(agent, args, options.episodes, options.seed, options.stochastic, options.video)
+    except (ValueError, RunError) as error:
         fail(str(error))
-    results = evaluate(agent, args, options.episodes, options.seed, options.stochastic, options.video)
     for name, values in zip(("return", "length"), results, strict=True):
         print(f"{name}: mean {values.mean():.2f}, std {values.std():.2f}, min {values.min():g}, max {values.max():g}")
     returns = results.returns

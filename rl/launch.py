@@ -15,6 +15,10 @@ LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAS
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
+class RunError(Exception):
+    """Ends the run, with one line that says what went wrong and what to do."""
+
+
 class Ranks(NamedTuple):
     """The place of this process among all processes, and among those of this machine."""
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from rl.ending import RunError
+from rl.launch import RunError
 from rl.loss import Losses
 from rl.rollout import Episodes
 

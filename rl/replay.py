@@ -4,11 +4,14 @@ Few environments can be copied or pickled (a Box2D world loses its state without
 can be replayed: a reset from the same random state, then the same actions. So that is what a checkpoint holds.
 """
 
+import traceback
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
+
+from rl.launch import RunError
 
 LONGEST_MEMORY = 1000  # vector steps that are kept at least, before those that no episode needs are dropped
 
@@ -43,8 +46,17 @@ class ReplayableEnv(gym.Wrapper):
         return observation
 
 
+class EnvironmentFailure(RunError):
+    """An environment raised an error, or wanted to end the process."""
+
+    def __init__(self, who: str, reason: str, when: str = "") -> None:
+        super().__init__(f"{who} failed{when}: {reason}")
+        self.who = who
+        self.reason = reason
+
+
 class ReplayableEnvs(VectorWrapper):
-    """N environments that remember the actions of their running episodes."""
+    """N environments that remember the actions of their running episodes, and say which of them fails."""
 
     def __init__(self, envs: VectorEnv) -> None:
         super().__init__(envs)
@@ -55,12 +67,18 @@ class ReplayableEnvs(VectorWrapper):
         """Reset all environments."""
         self.actions.clear()
         self.first[:] = 0
-        return self.env.reset(**kwargs)
+        try:
+            return self.env.reset(**kwargs)
+        except (Exception, SystemExit) as error:
+            raise self._failure(error) from error
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step all environments."""
         self.actions.append(np.array(actions))
-        results = self.env.step(actions)
+        try:
+            results = self.env.step(actions)
+        except (Exception, SystemExit) as error:
+            raise self._failure(error) from error
         if "final_obs" in results[-1]:
             self.first[results[-1]["_final_obs"]] = len(self.actions)
             if (unused := self.first.min()) > LONGEST_MEMORY:
@@ -109,6 +127,13 @@ class ReplayableEnvs(VectorWrapper):
             for step, action in enumerate(state["actions"], start=self.first[index]):
                 self.actions[step][index] = action
         return np.stack(observations)
+
+    def _failure(self, error: BaseException) -> EnvironmentFailure:
+        """Find the environment that raised the error by what runs in the frames of its traceback."""
+        running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
+        owners = (index for index, env in enumerate(self.unwrapped.envs) if {id(env), id(env.env)} & running)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        return EnvironmentFailure(f"environment {next(owners, '')}".strip(), reason)
 
 
 def _renew_world(env: gym.Env) -> None:

@@ -1,6 +1,5 @@
 """The rollout: what the environments answered to the agent. The only loop over environment steps."""
 
-import traceback
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,8 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from rl.agent import Agent
-from rl.ending import RunError
+from rl.launch import RunError
+from rl.replay import EnvironmentFailure
 from rl.spaces import stored_dtype
 
 ROWS_AT_ONCE = 2048  # bounds the memory that a convolutional network takes for a whole rollout
@@ -76,10 +76,10 @@ def collect_rollout(
         acted[t] = agent.act(agent.observation_normalizer(raw[t].to(device)), noise[t])
         try:
             step = envs.step(agent.distribution.to_env(acted[t]).numpy())
-            raw_observations[t + 1], rewards[t], terminations[t], truncations[t], info = step
-        except (Exception, SystemExit) as error:
+        except EnvironmentFailure as failure:
             _check_finite(raw_observations[: t + 1], rewards[:t], final_observations)  # may be what it died of
-            raise RunError(f"{_owner(envs, error)} failed in step {t}: {_describe(error)}") from error
+            raise EnvironmentFailure(failure.who, failure.reason, f" in step {t}") from failure
+        raw_observations[t + 1], rewards[t], terminations[t], truncations[t], info = step
         if "final_obs" in info:
             for env in info["_final_obs"].nonzero()[0]:
                 final_observations[t, env] = info["final_obs"][env]
@@ -131,17 +131,3 @@ def _first_not_finite(values: np.ndarray) -> tuple[int, ...] | None:
     if not np.issubdtype(values.dtype, np.floating) or np.isfinite(values).all():
         return None
     return tuple(np.argwhere(~np.isfinite(values))[0].tolist())
-
-
-def _owner(envs: VectorEnv, error: BaseException) -> str:
-    """Return which environment's code raised the error, found by who runs in the frames of its traceback."""
-    running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
-    for index, env in enumerate(getattr(envs.unwrapped, "envs", [])):
-        if id(env.unwrapped) in running or id(getattr(env, "env", None)) in running:
-            return f"environment {index}"
-    return "an environment"
-
-
-def _describe(error: BaseException) -> str:
-    """Return the kind and the text of an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -19,8 +19,8 @@ import torch
 from rl.agent import Agent
 from rl.args import TorchArgs
 from rl.distributions import draw_action_noise
-from rl.ending import RunError
 from rl.envs import make_envs, read_spaces, reset_envs
+from rl.launch import RunError
 from rl.rollout import collect_rollout
 from tests.faulty_env import FaultyEnv
 from tests.launching import ROOT, Running, assert_no_process_is_left, fabric_run, python, run, run_folders, torchrun
@@ -312,7 +312,7 @@ def test_a_rollout_names_the_environment_that_goes_wrong_and_the_step(monkeypatc
 def test_an_environment_that_exits_makes_no_run_a_success(finished, name):
     launch = finished(name)
     assert launch.returncode == 1
-    assert launch.error_lines == ["error: unexpected SystemExit in update 4: 0"]
+    assert launch.error_lines == ["error: environment 0 failed: SystemExit: 0 (update 4)"]
 
 
 @pytest.mark.parametrize("name", ["a full disk"])

@@ -42,7 +42,7 @@ def ranks(tmp_path_factory):
     assert_no_process_is_left(finished)
     kept = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     (run_folder,) = run_folders(folder)
-    (checkpoint,) = (run_folder / "checkpoints").iterdir()
+    checkpoint = max((run_folder / "checkpoints").iterdir())
     return kept, torch.load(checkpoint, weights_only=True)["agent"]
 
 

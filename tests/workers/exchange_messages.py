@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from rl.channel import LEAD_TRAINER, PLAYER, Channel
-from rl.ending import RunError
-from rl.launch import leave, read_ranks
+from rl.launch import RunError, leave, read_ranks
 from rl.peers import join
 
 ROUNDS = 2
