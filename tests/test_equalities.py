@@ -54,7 +54,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         (self.folder,) = folder.glob("logs/*/*")
-        (checkpoint,) = self.folder.glob("checkpoints/update_*.ckpt")
+        checkpoint = max(self.folder.glob("checkpoints/update_*.ckpt"))
         self.checkpoint: dict[str, Any] = torch.load(checkpoint, weights_only=True)
         self.tensors = {f"agent {key}": value for key, value in self.checkpoint["agent"].items()}
         for parameter, state in self.checkpoint["optimizer"]["state"].items():

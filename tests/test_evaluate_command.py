@@ -50,7 +50,7 @@ def run_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def steep(run_folder, tmp_path_factory):
     """A checkpoint of a policy whose actions often leave the bounds, and its weights."""
-    (path,) = (run_folder / "checkpoints").iterdir()
+    path = max((run_folder / "checkpoints").iterdir())
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["agent"]["actor.4.weight"] *= 10
     path = tmp_path_factory.mktemp("steep") / "update_00000002.ckpt"
@@ -119,7 +119,7 @@ def test_the_command_restores_policy_normalisation_and_gravity_and_ends_with_its
 
 
 def test_the_last_checkpoint_of_a_folder_and_the_file_itself_are_the_same(run_folder, capsys):
-    (path,) = (run_folder / "checkpoints").iterdir()
+    path = max((run_folder / "checkpoints").iterdir())
     assert evaluated(capsys, run_folder) == evaluated(capsys, path)
 
 
