@@ -23,13 +23,13 @@ IMAGE += ["--env-kwargs", "max_episode_steps=20"]
 # The command, its environment, and after which updates it is stopped.
 CASES = {
     "torch, 1 process": (partial(python, TORCH), VECTOR, [1, 3]),
-    "torch, 2 processes": (partial(torchrun, 2, TORCH), CONTINUOUS, [1, 2]),
+    "torch, 2 processes": (partial(torchrun, 2, TORCH), CONTINUOUS, [1]),
     "torch, 3 processes": (
         partial(torchrun, 3, TORCH),
         ["--env-id=LunarLander-v3", "--num-steps=252", "--total-timesteps=1008"],
         [2],
     ),
-    "fabric, 1 process": (partial(python, FABRIC), IMAGE, [1, 3]),
+    "fabric, 1 process": (partial(python, FABRIC), IMAGE, [3]),
     "fabric, 2 processes": (partial(fabric_run, 2, FABRIC, options=DDP), VECTOR, [2]),
     "decoupled, 1 trainer": (partial(fabric_run, 2, DECOUPLED), IMAGE, [2]),
     "decoupled, 2 trainers": (partial(fabric_run, 3, DECOUPLED), CONTINUOUS, [1, 3]),
