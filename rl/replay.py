@@ -13,7 +13,7 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 
 from rl.launch import RunError
 
-LONGEST_MEMORY = 1000  # vector steps that are kept at least, before those that no episode needs are dropped
+FORGET_EVERY = 1000  # vector steps, after which those that no running episode needs are dropped
 
 
 class ReplayableEnv(gym.Wrapper):
@@ -81,9 +81,10 @@ class ReplayableEnvs(VectorWrapper):
             raise self._failure(error) from error
         if "final_obs" in results[-1]:
             self.first[results[-1]["_final_obs"]] = len(self.actions)
-            if (unused := self.first.min()) > LONGEST_MEMORY:
-                del self.actions[:unused]
-                self.first -= unused
+        if len(self.actions) % FORGET_EVERY == 0:
+            unused = self.first.min()
+            del self.actions[:unused]
+            self.first -= unused
         return results
 
     def state(self, observations: np.ndarray) -> list[dict[str, Any]]:
