@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl.args import TorchArgs
+from rl.checkpoint import Checkpoints
 from tests.launching import fabric_run, python, run, run_folders, scalars, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
@@ -175,3 +177,20 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
         "update_00000004.ckpt",
         "update_00000005.ckpt",
     ]
+
+
+def test_a_run_resumed_from_an_older_checkpoint_replaces_those_after_it(tmp_path):
+    args = TorchArgs(total_timesteps=9 * 1024, keep_checkpoints=3)
+    agent = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(agent.parameters())
+
+    def updates_on_disk():
+        return [int(path.stem.removeprefix("update_")) for path in sorted((tmp_path / "checkpoints").iterdir())]
+
+    before = Checkpoints(tmp_path, args)
+    for update in range(1, 6):
+        before.add(update, agent, optimizer, {}, [])
+    assert updates_on_disk() == [3, 4, 5]
+    resumed = Checkpoints(tmp_path, args)  # from update 3
+    resumed.add(4, agent, optimizer, {}, [])
+    assert updates_on_disk() == [3, 4]
