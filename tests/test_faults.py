@@ -8,17 +8,17 @@ import pytest
 from benchmarks import faults
 
 ENV_ID = "CartPole-v1"
-SEED = 2597  # one of the random moments lies in the start-up, three in the training
+SEED = 2597
 FLAGS = ("--num-steps=256", f"--total-timesteps={256 * faults.UPDATES}", "--test-episodes=1")
 
 
 def draw_trials():
-    """One for each process: those that write checkpoints die in a write, each at another moment."""
-    moments = iter(faults.MOMENTS)
-    ranks = [(script, rank) for script, processes in faults.PROCESSES.items() for rank in range(processes)]
+    """Every process dies at a random moment; those that write checkpoints also in a write, each at another moment."""
+    at_random = [(script, rank, faults.RANDOM) for script, count in faults.PROCESSES.items() for rank in range(count)]
+    in_writes = [(script, 0, moment) for script, moment in zip(faults.PROCESSES, faults.MOMENTS, strict=True)]
     return [
-        faults.Trial(number, SEED, script, ENV_ID, rank, faults.RANDOM if rank else next(moments))
-        for number, (script, rank) in enumerate(ranks)
+        faults.Trial(number, SEED, script, ENV_ID, rank, moment)
+        for number, (script, rank, moment) in enumerate(at_random + in_writes)
     ]
 
 
