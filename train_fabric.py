@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rl.agreement import check_agreement, weights_checksum
 from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
+from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
 from rl.ending import at_end, give_up, run, updates
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
@@ -30,6 +31,7 @@ from rl.evaluate import evaluate
 from rl.gae import generalized_advantage_estimation
 from rl.launch import read_ranks
 from rl.lightning_agent import LightningAgent
+from rl.loss import Losses
 from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
@@ -104,6 +106,21 @@ def main(args: FabricArgs) -> None:
         scalars = checkpoint["scalars"]
         log(scalars, done)  # from here on the log is written anew
 
+    # Gradient step: the backward pass averages the gradients over all ranks, so all take the same step.
+    def gradient_step(minibatch: Batch, mean_rows: float) -> Tensor:
+        losses = fabric_agent.training_step(minibatch, mean_rows)
+        optimizer.zero_grad()
+        fabric.backward(losses.loss)
+        fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
+        optimizer.step()
+        return torch.stack(losses).detach()
+
+    if args.compiles(world_size):  # the same in one graph, several times faster
+        minibatch = Batch.zeros(args.minibatch_rows(world_size), observation_space, agent.distribution).to(device)
+        gradient_step = compile_gradient_step(
+            gradient_step, agent, optimizer, args, minibatch, sum_over_ranks, world_size
+        )
+
     # Loop over updates
     for update in updates(done, args.num_updates):
         start = time.perf_counter()
@@ -134,17 +151,13 @@ def main(args: FabricArgs) -> None:
         if args.share_data:
             batch = batch.unpack(gather(batch.pack()))
 
-        # Optimize: the backward pass averages the gradients over all ranks, so all take the same step.
+        # Optimize
         losses = []
         for epoch in range(args.update_epochs):
             for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, world_size):
-                losses.append(fabric_agent.training_step(minibatch, mean_rows))
-                optimizer.zero_grad()
-                fabric.backward(losses[-1].loss)
-                fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
-                optimizer.step()
+                losses.append(gradient_step(minibatch, mean_rows))
             if args.target_kl is not None:
-                kl = sum_over_ranks(losses[-1].approx_kl.clone())
+                kl = sum_over_ranks(Losses(*losses[-1]).approx_kl.clone())
                 if kl / world_size > args.target_kl:
                     break
 
@@ -161,7 +174,7 @@ def main(args: FabricArgs) -> None:
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
-        environments = environment_states(envs, observations, agent, gather)
+        environments = environment_states(envs, observations, agent, gather if world_size > 1 else None)
         if rank == 0:
             checkpoints.add(update, agent, optimizer, scalars, environments)
 

@@ -32,9 +32,11 @@ import torch
 from lightning import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from rl.channel import PLAYER, Channel
 from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
+from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
 from rl.ending import at_end, give_up, run, updates
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
@@ -42,6 +44,7 @@ from rl.evaluate import evaluate
 from rl.gae import generalized_advantage_estimation
 from rl.launch import Ranks, read_ranks
 from rl.lightning_agent import LightningAgent
+from rl.loss import Losses
 from rl.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
@@ -152,7 +155,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
         # Checkpoint: the new weights and the optimizer's state arrive from the lead trainer.
         channel.receive_state(agent, optimizer)
-        environments = environment_states(envs, observations, agent, gather=lambda rows: rows)
+        environments = environment_states(envs, observations, agent, gather=None)
         checkpoints.add(update, agent, optimizer, scalars, environments)
     channel.check_weights(agent, args.num_updates)
 
@@ -200,6 +203,21 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
 
+    # Gradient step: the backward pass averages the gradients over the trainers, so all take the same step.
+    def gradient_step(minibatch: Batch, mean_rows: float) -> Tensor:
+        losses = fabric_agent.training_step(minibatch, mean_rows)
+        optimizer.zero_grad()
+        fabric.backward(losses.loss)
+        fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
+        optimizer.step()
+        return torch.stack(losses).detach()
+
+    if args.compiles(num_trainers):  # the same in one graph, several times faster
+        minibatch = Batch.zeros(args.minibatch_rows(num_trainers), observation_space, agent.distribution).to(device)
+        gradient_step = compile_gradient_step(
+            gradient_step, agent, optimizer, args, minibatch, channel.trainers.all_reduce, num_trainers
+        )
+
     # Loop over updates
     for update in updates(done, args.num_updates):
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
@@ -211,17 +229,13 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
         rows = channel.receive_rows(args.num_steps, sum(template.field_bytes), args.share_data)
         batch = template.unpack(rows.to(fabric.device))
 
-        # Optimize: the backward pass averages the gradients over the trainers, so all take the same step.
+        # Optimize
         losses = []
         for epoch in range(args.update_epochs):
             for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, num_trainers):
-                losses.append(fabric_agent.training_step(minibatch, mean_rows))
-                optimizer.zero_grad()
-                fabric.backward(losses[-1].loss)
-                fabric.clip_gradients(fabric_agent, optimizer, max_norm=args.max_grad_norm)
-                optimizer.step()
+                losses.append(gradient_step(minibatch, mean_rows))
             if args.target_kl is not None:
-                kl = channel.trainers.all_reduce(losses[-1].approx_kl.clone())
+                kl = channel.trainers.all_reduce(Losses(*losses[-1]).approx_kl.clone())
                 if kl / num_trainers > args.target_kl:
                     break
         channel.send_losses(sum_losses(losses))

@@ -24,13 +24,14 @@ from torch.utils.tensorboard import SummaryWriter
 from rl.agent import Agent
 from rl.agreement import check_agreement, weights_checksum
 from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
+from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
 from rl.ending import at_end, give_up, run, updates
 from rl.envs import make_envs, read_spaces, record_training, reset_envs
 from rl.evaluate import evaluate
 from rl.gae import generalized_advantage_estimation
 from rl.launch import read_ranks
-from rl.loss import ppo_loss
+from rl.loss import Losses, ppo_loss
 from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
@@ -108,6 +109,21 @@ def main(args: TorchArgs) -> None:
         scalars = checkpoint["scalars"]
         log(scalars, done)  # from here on the log is written anew
 
+    # Gradient step: the backward pass averages the gradients over all ranks, so all take the same step.
+    def gradient_step(minibatch: Batch, mean_rows: float) -> Tensor:
+        losses = ppo_loss(ddp_agent, minibatch, mean_rows, args)
+        optimizer.zero_grad()
+        losses.loss.backward()
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        return torch.stack(losses).detach()
+
+    if args.compiles(world_size):  # the same in one graph, several times faster
+        minibatch = Batch.zeros(args.minibatch_rows(world_size), observation_space, agent.distribution).to(device)
+        gradient_step = compile_gradient_step(
+            gradient_step, agent, optimizer, args, minibatch, sum_over_ranks, world_size
+        )
+
     # Loop over updates
     for update in updates(done, args.num_updates):
         start = time.perf_counter()
@@ -138,17 +154,13 @@ def main(args: TorchArgs) -> None:
         if args.share_data:
             batch = batch.unpack(gather(batch.pack()))
 
-        # Optimize: the backward pass averages the gradients over all ranks, so all take the same step.
+        # Optimize
         losses = []
         for epoch in range(args.update_epochs):
             for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, world_size):
-                losses.append(ppo_loss(ddp_agent, minibatch, mean_rows, args))
-                optimizer.zero_grad()
-                losses[-1].loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
-                optimizer.step()
+                losses.append(gradient_step(minibatch, mean_rows))
             if args.target_kl is not None:
-                kl = sum_over_ranks(losses[-1].approx_kl.clone())
+                kl = sum_over_ranks(Losses(*losses[-1]).approx_kl.clone())
                 if kl / world_size > args.target_kl:
                     break
 
@@ -165,7 +177,7 @@ def main(args: TorchArgs) -> None:
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
-        environments = environment_states(envs, observations, agent, gather)
+        environments = environment_states(envs, observations, agent, gather if world_size > 1 else None)
         if rank == 0:
             checkpoints.add(update, agent, optimizer, scalars, environments)
 

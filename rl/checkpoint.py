@@ -112,7 +112,7 @@ class Checkpoints:
 
 
 def environment_states(
-    envs: ReplayableEnvs, observations: np.ndarray, agent: Agent, gather: Callable[[Tensor], Tensor]
+    envs: ReplayableEnvs, observations: np.ndarray, agent: Agent, gather: Callable[[Tensor], Tensor] | None
 ) -> list[dict[str, Any]]:
     """Return the states of the environments of all processes; call it on all of them.
 
@@ -120,13 +120,15 @@ def environment_states(
         envs: of this process.
         observations: [N, *shape], where they are.
         agent: whose rewards may be normalised, with a sum for each environment.
-        gather: returns the rows of all processes one after the other.
+        gather: returns the rows of all processes one after the other; None if there is one process.
     """
+    sums = _discounted_sums(agent, envs)
     states = [
-        {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
-        | {"discounted_sum": float(discounted_sum)}
-        for state, discounted_sum in zip(envs.state(observations), _discounted_sums(agent, envs), strict=True)
+        state | {"discounted_sum": float(discounted_sum)}
+        for state, discounted_sum in zip(envs.state(observations), sums, strict=True)
     ]
+    if gather is None:
+        return states
     # Episodes differ in length, so what is gathered is bytes, padded to the longest.
     file = io.BytesIO()
     torch.save(states, file)
@@ -158,11 +160,8 @@ def restore(
     """
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    states = [
-        {name: value.numpy() if isinstance(value, Tensor) else value for name, value in state.items()}
-        for state in checkpoint["environments"][first_env : first_env + envs.num_envs]
-    ]
-    _discounted_sums(agent, envs)[:] = [state.pop("discounted_sum") for state in states]
+    states = checkpoint["environments"][first_env : first_env + envs.num_envs]
+    _discounted_sums(agent, envs)[:] = [state["discounted_sum"] for state in states]
     try:
         return envs.restore(states)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """The command line: parsed and checked before anything slow is imported and before processes meet."""
 
 import os
+import sys
 import tempfile
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
@@ -16,6 +17,9 @@ from rl.run_folder import run_before_restart
 from rl.spaces import is_image
 
 Args = TypeVar("Args", bound=CommonArgs)
+
+# A flag of three states: neither is written for the default, which depends on the run.
+THREE_STATES = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
 
 # What may differ when a run is resumed; num_envs as long as there are as many environments in all.
 CHANGEABLE = {
@@ -143,7 +147,7 @@ def _parse_groups(script_args: type[Args], argv: list[str] | None, defaults: Arg
     try:
         parsed = tyro.cli(
             make_dataclass("Grouped", named),
-            args=argv,
+            args=[part for word in (sys.argv[1:] if argv is None else argv) for part in THREE_STATES.get(word, [word])],
             description=script_args.__doc__,
             config=(tyro.conf.OmitArgPrefixes,),
             console_outputs=is_rank_zero(),

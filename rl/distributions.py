@@ -35,6 +35,7 @@ class Categorical(nn.Module):
         super().__init__()
         self.num_outputs = int(space.n)
         self.start = torch.tensor(space.start, dtype=getattr(torch, space.dtype.name))
+        self.is_shifted = bool(space.start) or self.start.dtype != torch.int64
 
     def empty_actions(self, *shape: int) -> Tensor:
         """Return an array for actions, int64 [*shape]."""
@@ -60,7 +61,7 @@ class Categorical(nn.Module):
 
     def to_env(self, actions: Tensor) -> Tensor:
         """Return the actions counted from the space's start, in its type, [...]."""
-        return actions.to(self.start.dtype) + self.start
+        return actions.to(self.start.dtype) + self.start if self.is_shifted else actions
 
 
 class MultiCategorical(nn.Module):

@@ -184,7 +184,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, TimeoutError):
         return f"error: {error}", 1
     if isinstance(error, RuntimeError) and "non-finite" in str(error):  # as clipping says it
-        return f"error: the gradient is NaN or infinite {where}; the weights are still those before that step", 1
+        return f"error: the gradient is NaN or infinite {where}; the last checkpoint is from before", 1
     reason = " ".join(str(error).split())
     return f"error: unexpected {type(error).__name__} {where}: {reason}", 1
 

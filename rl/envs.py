@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DeprecatedEnv
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
@@ -124,15 +124,7 @@ def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], 
 
         return RecordEpisodeStatistics(EnvPoolEnvs(args, num_envs, *read_spaces(args)))
 
-    # SAME_STEP: the step that ends an episode also resets the environment. It returns the new episode's first
-    # observation, and the final one in `info["final_obs"]`. Gymnasium's default would insert a step that ignores
-    # the action, which must not be learnt from.
-    envs = SyncVectorEnv(
-        [partial(make_env, record if index == 0 else None) for index in range(num_envs)],
-        copy=False,  # the rollout copies observations into its own array
-        autoreset_mode=AutoresetMode.SAME_STEP,
-    )
-    return ReplayableEnvs(RecordEpisodeStatistics(envs))
+    return ReplayableEnvs([partial(make_env, record if index == 0 else None) for index in range(num_envs)])
 
 
 def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = Purpose.ENVIRONMENT) -> np.ndarray:

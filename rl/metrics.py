@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rl.launch import RunError
-from rl.loss import Losses
 from rl.rollout import Episodes
 
 LOSS_TAGS = (
@@ -25,9 +24,13 @@ def sum_episodes(episodes: Episodes) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64)
 
 
-def sum_losses(losses: list[Losses]) -> Tensor:
-    """Return the sum of each loss over the gradient steps, and the number of steps, float64 [7]."""
-    sums = torch.stack([torch.stack(step) for step in losses]).detach().double().sum(0)
+def sum_losses(losses: list[Tensor]) -> Tensor:
+    """Return the sum of each loss over the gradient steps, and the number of steps, float64 [7].
+
+    Args:
+        losses: of each step, what `Losses` holds, [6].
+    """
+    sums = torch.stack(losses).double().sum(0)
     return torch.cat([sums, sums.new_tensor([len(losses)])])
 
 

@@ -1,7 +1,7 @@
 """Experience as rows: from a rollout to a batch, over the wire, and cut into minibatches."""
 
 from collections.abc import Iterator
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -109,8 +109,7 @@ def minibatches(
     """
     rng = stream(args.seed, Purpose.SHUFFLE, update, epoch, 0 if args.share_data else rank)
     order = torch.from_numpy(rng.permutation(batch.num_rows))
-    largest_part = ceil(args.num_steps / world_size)
-    steps = ceil(largest_part / args.per_rank_batch_size)
+    steps = args.minibatches_per_epoch(world_size)
     if args.share_data:
         mine = [rows[rank::world_size] for rows in order.tensor_split(steps)]
         global_sizes = almost_equal_sizes(batch.num_rows, steps)

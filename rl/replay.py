@@ -4,16 +4,16 @@ Few environments can be copied or pickled (a Box2D world loses its state without
 can be replayed: a reset from the same random state, then the same actions. So that is what a checkpoint holds.
 """
 
-import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rl.launch import RunError
 
-FORGET_EVERY = 1000  # vector steps, after which those that no running episode needs are dropped
+LEAST_ROOM = 1000  # vector steps, after which those that no running episode needs are dropped
 
 
 class ReplayableEnv(gym.Wrapper):
@@ -55,53 +55,104 @@ class EnvironmentFailure(RunError):
         self.reason = reason
 
 
-class ReplayableEnvs(VectorWrapper):
-    """N environments that remember the actions of their running episodes, and say which of them fails."""
+class ReplayableEnvs(SyncVectorEnv):
+    """N environments that step together, one after the other in this process.
 
-    def __init__(self, envs: VectorEnv) -> None:
-        super().__init__(envs)
-        self.actions: list[np.ndarray] = []  # of all environments, vector step by vector step
-        self.first = np.zeros(self.num_envs, dtype=np.int64)  # where in them each running episode began
+    The step that ends an episode also resets its environment (SAME_STEP). It returns the new episode's first
+    observation; `info` then holds the final one, and the episode's return and length as RecordEpisodeStatistics
+    names them. Gymnasium's default would insert a step that ignores the action, which must not be learnt from.
 
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Reset all environments."""
-        self.actions.clear()
-        self.first[:] = 0
-        try:
-            return self.env.reset(**kwargs)
-        except (Exception, SystemExit) as error:
-            raise self._failure(error) from error
+    A step of a small environment takes a third less time than in Gymnasium's own classes. And this one remembers the
+    actions of the running episodes, and says which environment fails.
+
+    Args:
+        make_env: a function for each environment.
+    """
+
+    def __init__(self, make_env: Sequence[Callable[[], ReplayableEnv]]) -> None:
+        super().__init__(make_env, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        self.observations = np.zeros(self.observation_space.shape, dtype=self.observation_space.dtype)
+        self.rewards = np.zeros(self.num_envs)
+        self.terminations = np.zeros(self.num_envs, dtype=bool)
+        self.truncations = np.zeros(self.num_envs, dtype=bool)
+        self.episode_returns = np.zeros(self.num_envs)
+        self.episode_lengths = np.zeros(self.num_envs, dtype=np.int64)
+        self._keep(np.zeros((0, *self.action_space.shape), dtype=self.action_space.dtype), self.episode_lengths.copy())
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Reset all environments, each with its own seed; the array of observations is used again by each step."""
+        if not isinstance(seed, Sequence):
+            seed = [None if seed is None else seed + index for index in range(self.num_envs)]
+        for index, (env, env_seed) in enumerate(zip(self.envs, seed, strict=True)):
+            try:
+                self.observations[index], _ = env.reset(seed=env_seed, options=options)
+            except (Exception, SystemExit) as error:
+                raise _failure(index, error) from error
+        self.episode_returns[:] = 0
+        self.episode_lengths[:] = 0
+        self.first[:] = self.num_steps
+        return self.observations, {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step all environments."""
-        self.actions.append(np.array(actions))
-        try:
-            results = self.env.step(actions)
-        except (Exception, SystemExit) as error:
-            raise self._failure(error) from error
-        if "final_obs" in results[-1]:
-            self.first[results[-1]["_final_obs"]] = len(self.actions)
-        if len(self.actions) % FORGET_EVERY == 0:
-            unused = self.first.min()
-            del self.actions[:unused]
-            self.first -= unused
-        return results
+        """Step all environments; the array of observations is used again by the next step."""
+        if self.num_steps == len(self.actions):
+            oldest = self.first.min()
+            self._keep(self.actions[oldest:], self.first - oldest)
+        self.actions[self.num_steps] = actions
+        self.num_steps += 1
+        final_observations: dict[int, np.ndarray] = {}
+        for index, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
+            try:
+                observation, reward, terminated, truncated, _ = env.step(action)
+                if terminated or truncated:
+                    final_observations[index] = observation
+                    observation, _ = env.reset()
+            except (Exception, SystemExit) as error:
+                raise _failure(index, error) from error
+            self.observations[index] = observation
+            self.rewards[index] = reward
+            self.terminations[index] = terminated
+            self.truncations[index] = truncated
+        self.episode_returns += self.rewards
+        self.episode_lengths += 1
+        info = self._end_episodes(final_observations) if final_observations else {}
+        return self.observations, self.rewards.copy(), self.terminations.copy(), self.truncations.copy(), info
+
+    def _end_episodes(self, final_observations: dict[int, np.ndarray]) -> dict[str, Any]:
+        """Return the info of a step that ended episodes, and begin to count anew."""
+        ended = self.terminations | self.truncations
+        finals = np.full(self.num_envs, None, dtype=object)
+        for index, observation in final_observations.items():
+            finals[index] = observation
+        statistics = {"r": np.where(ended, self.episode_returns, 0), "l": np.where(ended, self.episode_lengths, 0)}
+        self.episode_returns[ended] = 0
+        self.episode_lengths[ended] = 0
+        self.first[ended] = self.num_steps
+        return {"final_obs": finals, "_final_obs": ended, "episode": statistics, "_episode": ended}
 
     def state(self, observations: np.ndarray) -> list[dict[str, Any]]:
-        """Return what each environment needs to be put back: arrays and plain values only.
+        """Return what each environment needs to be put back: tensors and plain values only.
 
         Args:
             observations: [N, *shape], where the environments are; a replay must lead there.
         """
+        import torch  # here, so that `--help` need not wait for it
+
+        oldest = self.first.min()
+        # Copied as a whole: a file holds tensors that are parts of the same one in one piece, and so is quick to write.
+        actions = torch.from_numpy(self.actions[oldest : self.num_steps].copy())
+        observations = torch.tensor(observations)
         return [
             {
                 "start": env.start,
-                "actions": np.array([actions[index] for actions in self.actions[self.first[index] :]]),
-                "observation": np.array(observations[index]),
-                "episode_return": float(self.env.episode_returns[index]),
-                "episode_length": int(self.env.episode_lengths[index]),
+                "actions": actions[self.first[index] - oldest :, index],
+                "observation": observations[index],
+                "episode_return": float(self.episode_returns[index]),
+                "episode_length": int(self.episode_lengths[index]),
             }
-            for index, env in enumerate(self.unwrapped.envs)
+            for index, env in enumerate(self.envs)
         ]
 
     def restore(self, states: list[dict[str, Any]]) -> np.ndarray:
@@ -110,31 +161,36 @@ class ReplayableEnvs(VectorWrapper):
         Raises:
             ValueError: if a replay leads elsewhere, because the environment is not deterministic.
         """
-        observations = []
-        for index, (env, state) in enumerate(zip(self.unwrapped.envs, states, strict=True)):
-            observation = np.asarray(env.replay(state["start"], state["actions"]))
-            expected = state["observation"]
-            if not np.array_equal(observation.astype(expected.dtype), expected):
-                raise ValueError(f"environment {index} does not repeat its episode: it is not deterministic")
-            observations.append(expected)
-            self.env.episode_returns[index] = state["episode_return"]
-            self.env.episode_lengths[index] = state["episode_length"]
         # The actions are laid out so that all environments end at the same vector step.
         lengths = np.array([len(state["actions"]) for state in states])
-        self.first = lengths.max() - lengths
-        shape = self.action_space.shape
-        self.actions = list(np.zeros((lengths.max(), *shape), dtype=self.action_space.dtype))
-        for index, state in enumerate(states):
-            for step, action in enumerate(state["actions"], start=self.first[index]):
-                self.actions[step][index] = action
-        return np.stack(observations)
+        actions = np.zeros((lengths.max(), *self.action_space.shape), dtype=self.action_space.dtype)
+        self._keep(actions, lengths.max() - lengths)
+        for index, (env, state) in enumerate(zip(self.envs, states, strict=True)):
+            self.actions[self.first[index] : self.num_steps, index] = state["actions"]
+            observation = np.asarray(env.replay(state["start"], state["actions"].numpy()))
+            self.observations[index] = state["observation"]
+            if not np.array_equal(observation.astype(self.observations.dtype), self.observations[index]):
+                raise ValueError(f"environment {index} does not repeat its episode: it is not deterministic")
+            self.episode_returns[index] = state["episode_return"]
+            self.episode_lengths[index] = state["episode_length"]
+        return self.observations
 
-    def _failure(self, error: BaseException) -> EnvironmentFailure:
-        """Find the environment that raised the error by what runs in the frames of its traceback."""
-        running = {id(frame.f_locals.get("self")) for frame, _ in traceback.walk_tb(error.__traceback__)}
-        owners = (index for index, env in enumerate(self.unwrapped.envs) if {id(env), id(env.env)} & running)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-        return EnvironmentFailure(f"environment {next(owners, '')}".strip(), reason)
+    def _keep(self, actions: np.ndarray, first: np.ndarray) -> None:
+        """Remember these actions of the last vector steps, and make room for more.
+
+        Args:
+            actions: [steps, N, ...].
+            first: the step with which the running episode of each environment began, [N].
+        """
+        room = np.zeros((max(len(actions), LEAST_ROOM), *self.action_space.shape), dtype=self.action_space.dtype)
+        self.actions = np.concatenate([actions, room])
+        self.num_steps = len(actions)  # of those in the array
+        self.first = first
+
+
+def _failure(index: int, error: BaseException) -> EnvironmentFailure:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    return EnvironmentFailure(f"environment {index}", reason)
 
 
 def _renew_world(env: gym.Env) -> None:

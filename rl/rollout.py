@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rl.agent import Agent
 from rl.launch import RunError
+from rl.policy import make_policy
 from rl.replay import EnvironmentFailure
 from rl.spaces import stored_dtype
 
@@ -58,13 +59,14 @@ def collect_rollout(
     """
     device = next(agent.parameters()).device
     shape = noise.shape[:2]  # T, N
-    noise = noise.to(device)
+    noise = noise.numpy()
+    policy = make_policy(agent)
     # Torch allocates what the network reads, at addresses that are aligned: the last bit of a matrix product depends
     # on that. The environments fill NumPy's view of it.
     dtype = getattr(torch, stored_dtype(envs.single_observation_space))
     raw = torch.empty(len(noise) + 1, *observations.shape, dtype=dtype)
     acted = agent.distribution.empty_actions(*shape)
-    raw_observations = raw.numpy()
+    raw_observations, actions = raw.numpy(), acted.numpy()
     rewards = np.empty(shape, dtype=np.float32)
     terminations = np.empty(shape, dtype=bool)
     truncations = np.empty(shape, dtype=bool)
@@ -73,7 +75,7 @@ def collect_rollout(
 
     raw_observations[0] = observations
     for t in range(len(noise)):
-        acted[t] = agent.act(agent.observation_normalizer(raw[t].to(device)), noise[t])
+        actions[t] = policy(raw_observations[t], noise[t])
         try:
             step = envs.step(agent.distribution.to_env(acted[t]).numpy())
         except EnvironmentFailure as failure:

@@ -145,11 +145,11 @@ FAULTY = {
     ),
     "a loss beyond all bounds": (
         python(TORCH, *faulty("huge_reward")),
-        "the gradient is NaN or infinite in update 2; the weights are still those before that step",
+        "the gradient is NaN or infinite in update 2; the last checkpoint is from before",
     ),
     "a loss beyond all bounds, decoupled": (
         torchrun(2, DECOUPLED, *faulty("huge_reward")),
-        "the gradient is NaN or infinite in update 2; the weights are still those before that step",
+        "the gradient is NaN or infinite in update 2; the last checkpoint is from before",
     ),
 }
 ON_A_SMALL_DISK = {
