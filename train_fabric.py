@@ -122,8 +122,8 @@ def main(args: FabricArgs) -> None:
         )
 
     # Loop over updates
+    start = time.perf_counter()
     for update in updates(done, args.num_updates):
-        start = time.perf_counter()
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
         # Rollout: T steps in each environment.
@@ -169,14 +169,15 @@ def main(args: FabricArgs) -> None:
         sums = torch.cat([sum_episodes(episodes).to(fabric.device), sum_losses(losses)])
         scalars |= name_means(sum_over_ranks(sums))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
-        scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
+        start, before = time.perf_counter(), start
+        scalars["Time/step_per_second"] = args.num_steps / (start - before)
         log(scalars, update)
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
         environments = environment_states(envs, observations, agent, gather if world_size > 1 else None)
         if rank == 0:
-            checkpoints.add(update, agent, optimizer, scalars, environments)
+            checkpoints.add(update, agent.state_dict(), optimizer, scalars, environments)
 
     # Test: greedy episodes.
     progress.close()

@@ -17,6 +17,9 @@ The processes exchange three messages per update (see rl/channel.py):
 
 The new weights and the optimizer's state follow, on the way of the weights, for the checkpoint. Both sides derive
 the number of updates from the same arguments, so nothing needs to say stop.
+
+So player and trainers take turns. With --overlap they work at the same time: once the player has sent a batch it
+collects the next rollout, with weights that are one update old, and only then receives the losses.
 """
 
 from rl.args import DecoupledArgs
@@ -27,14 +30,16 @@ if __name__ == "__main__":
 
 import os
 import time
+from typing import Any, NamedTuple
 
 import torch
 from lightning import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
-from rl.channel import PLAYER, Channel
+from rl.channel import PLAYER, Channel, copy_weights
 from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
 from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
@@ -51,9 +56,19 @@ from rl.normalize import moments, normalize_advantages
 from rl.peers import join
 from rl.placement import place
 from rl.progress import Progress
-from rl.rollout import collect_rollout
+from rl.rollout import Episodes, collect_rollout
 from rl.run_folder import choose_run_folder, hyperparameter_table
 from rl.seeding import Purpose, stream, stream_seed
+
+
+class Collected(NamedTuple):
+    """A rollout on its way to the trainers, and what the player's log and checkpoint will need to know about it."""
+
+    rows: Tensor  # packed rows of experience, uint8 [B, bytes of a row]
+    episodes: Episodes
+    staleness: int  # updates that the policy that acted is behind the one that is optimised
+    environments: list[dict[str, Any]]  # where the rollout left them
+    normalizers: dict[str, Tensor]  # their statistics after it
 
 
 def main(args: DecoupledArgs) -> None:
@@ -105,18 +120,17 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
     # Resume: agent, optimizer and environments go back to where the checkpoint found them.
     scalars: dict[str, float] = {}
+    held = done  # the update whose weights the agent holds
     if checkpoint:
         observations = restore(checkpoint, agent, optimizer, envs, 0)
         scalars = checkpoint["scalars"]
         log(scalars, done)  # from here on the log is written anew
+        if args.overlap:
+            copy_weights(checkpoint["acting_weights"], agent)
+            held = done - 1
 
-    # Loop over updates
-    for update in updates(done, args.num_updates):
-        start = time.perf_counter()
-        channel.receive_weights(agent)
-        if update == done + 2:
-            channel.check_weights(agent, update - 1)
-        optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
+    def collect(update: int) -> Collected:
+        nonlocal observations
 
         # Rollout: T steps in each environment.
         noise = draw_action_noise(
@@ -139,24 +153,42 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         if args.normalize_advantages:
             advantages = normalize_advantages(advantages, moments(advantages))
         rows = Batch.from_rollout(rollout, advantages, returns).pack()
+        environments = environment_states(envs, observations, agent, gather=None)
+        normalizers = {name: tensor.clone() for name, tensor in agent.state_dict().items() if "normalizer" in name}
+        return Collected(rows, episodes, update - 1 - held, environments, normalizers)
+
+    # Loop over updates. With --overlap the next rollout is collected while the trainers optimize on this one.
+    start = time.perf_counter()
+    collected = collect(done + 1) if args.overlap and done < args.num_updates else None
+    for update in updates(done, args.num_updates):
+        channel.receive_weights(agent)
+        held = update - 1
+        if update == done + 2:
+            channel.check_weights(agent, update - 1)
+        optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
+        rows, episodes, staleness, environments, normalizers = collected or collect(update)
 
         # Share: all rows to every trainer, or a random part to each.
         if not args.share_data:
             rows = rows[stream(args.seed, Purpose.SCATTER, update).permutation(len(rows))]
         channel.send_rows(rows, args.share_data)
+        acting_weights = parameters_to_vector(agent.parameters()).detach()
+        collected = collect(update + 1) if args.overlap and update < args.num_updates else None
 
         # Log: where no episode ended, the last mean return stands.
         losses = channel.receive_losses(len(LOSS_TAGS) + 1)
         scalars |= name_means(torch.cat([sum_episodes(episodes), losses]))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
-        scalars["Time/step_per_second"] = args.num_steps / (time.perf_counter() - start)
+        scalars["Info/staleness"] = staleness
+        start, before = time.perf_counter(), start
+        scalars["Time/step_per_second"] = args.num_steps / (start - before)
         log(scalars, update)
         progress.show(update, scalars)
 
         # Checkpoint: the new weights and the optimizer's state arrive from the lead trainer.
         channel.receive_state(agent, optimizer)
-        environments = environment_states(envs, observations, agent, gather=None)
-        checkpoints.add(update, agent, optimizer, scalars, environments)
+        held = update
+        checkpoints.add(update, agent.state_dict() | normalizers, optimizer, scalars, environments, acting_weights)
     channel.check_weights(agent, args.num_updates)
 
     # Test: greedy episodes.

@@ -257,10 +257,12 @@ class FabricArgs(CommonArgs):
 
 @dataclass
 class PlayerArgs:
-    """Where the player acts."""
+    """Where and when the player acts."""
 
     player_on_gpu: bool = False
     """Let the player act on a GPU too (with --cuda)."""
+    overlap: bool = False
+    """Collect the next rollout while the trainers optimize, with weights that are one update old."""
 
 
 @dataclass

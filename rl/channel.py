@@ -57,11 +57,7 @@ class Channel:
     def receive_weights(self, agent: nn.Module) -> None:
         """Message 1, by the player: the weights of its agent become those of the trainers."""
         weights = parameters_to_vector(agent.parameters()).detach()
-        received = self.lead_and_player.broadcast(torch.empty_like(weights, device="cpu"), LEAD_TRAINER)
-        sizes = [parameter.numel() for parameter in agent.parameters()]
-        for parameter, values in zip(agent.parameters(), received.split(sizes), strict=True):
-            # Copied, so that each keeps its place in memory: the last bit of a matrix product depends on alignment.
-            parameter.data.copy_(values.view_as(parameter))
+        copy_weights(self.lead_and_player.broadcast(torch.empty_like(weights, device="cpu"), LEAD_TRAINER), agent)
 
     def check_weights(self, agent: nn.Module, update: int) -> None:
         """End the run if the processes hold different weights after an update; call it on all of them."""
@@ -135,6 +131,16 @@ class Channel:
         received = self.lead_and_player.broadcast(torch.empty(sum(sizes)), LEAD_TRAINER)
         for tensor, values in zip(tensors, received.split(sizes), strict=True):
             tensor.data.copy_(values.view_as(tensor))
+
+
+def copy_weights(weights: Tensor, agent: nn.Module) -> None:
+    """Give the parameters of an agent these values, [P], as `parameters_to_vector` lays them out.
+
+    Each keeps its place in memory: the last bit of a matrix product depends on alignment.
+    """
+    sizes = [parameter.numel() for parameter in agent.parameters()]
+    for parameter, values in zip(agent.parameters(), weights.split(sizes), strict=True):
+        parameter.data.copy_(values.view_as(parameter))
 
 
 def _state_tensors(agent: nn.Module, optimizer: Optimizer) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rl.agent import Agent
@@ -44,25 +44,27 @@ class Checkpoints:
     def add(
         self,
         update: int,
-        agent: nn.Module,
+        agent: dict[str, Tensor],
         optimizer: Optimizer,
         scalars: dict[str, float],
         environments: list[dict[str, Any]],
+        acting_weights: Tensor | None = None,
     ) -> None:
         """Keep the state after an update, and write it when it is time to.
 
         Args:
             update: number of updates done.
-            agent: the plain network, normalisation included; its state dict has the same keys in all scripts.
+            agent: state dict of the plain network, normalisation included; it has the same keys in all scripts.
             optimizer: of its parameters.
             scalars: what was logged last.
             environments: one state of each environment of all processes, see `environment_states`.
+            acting_weights: those that act in the next rollout, where they are not the agent's, [P].
 
         Raises:
             RunError: if that of the last update cannot be written.
         """
         checkpoint = {
-            "agent": agent.state_dict(),
+            "agent": agent,
             "optimizer": optimizer.state_dict(),
             "update": update,
             "global_step": update * self.args.num_steps,
@@ -70,6 +72,7 @@ class Checkpoints:
             "world_size": read_ranks().world_size,
             "scalars": scalars,
             "environments": environments,
+            "acting_weights": acting_weights,
         }
         file = io.BytesIO()
         torch.save(checkpoint, file)
