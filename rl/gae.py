@@ -28,8 +28,7 @@ def generalized_advantage_estimation(
     """
     deltas = rewards + gamma * next_values - values
     decay = gamma * gae_lambda * ~dones
-    advantages = torch.empty_like(deltas)
-    advantage = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantage = torch.addcmul(deltas[t], decay[t], advantage, out=advantages[t])
-    return advantages
+    advantages = [torch.zeros_like(deltas[0])]
+    for delta, step_decay in zip(reversed(deltas.unbind()), reversed(decay.unbind()), strict=True):
+        advantages.append(torch.addcmul(delta, step_decay, advantages[-1]))
+    return torch.stack(advantages[:0:-1])

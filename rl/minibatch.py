@@ -119,6 +119,6 @@ def minibatches(
         global_sizes = [sum(sizes) for sizes in zip(*(almost_equal_sizes(part, steps) for part in parts), strict=True)]
     # All rows are gathered at once, which is faster than minibatch by minibatch.
     rows = torch.cat(mine).to(batch.actions.device)
-    fields = (field[rows].split([len(m) for m in mine]) for field in batch)
+    fields = (field.index_select(0, rows).split([len(m) for m in mine]) for field in batch)
     for minibatch, global_size in zip(zip(*fields, strict=True), global_sizes, strict=True):
         yield Batch(*minibatch), global_size / world_size

@@ -60,7 +60,7 @@ def collect_rollout(
     device = next(agent.parameters()).device
     shape = noise.shape[:2]  # T, N
     noise = noise.numpy()
-    policy = make_policy(agent)
+    policy, to_env = make_policy(agent), agent.distribution.to_env
     # Torch allocates what the network reads, at addresses that are aligned: the last bit of a matrix product depends
     # on that. The environments fill NumPy's view of it.
     dtype = getattr(torch, stored_dtype(envs.single_observation_space))
@@ -77,7 +77,7 @@ def collect_rollout(
     for t in range(len(noise)):
         actions[t] = policy(raw_observations[t], noise[t])
         try:
-            step = envs.step(agent.distribution.to_env(acted[t]).numpy())
+            step = envs.step(to_env(acted[t]).numpy())
         except EnvironmentFailure as failure:
             _check_finite(raw_observations[: t + 1], rewards[:t], final_observations)  # may be what it died of
             raise EnvironmentFailure(failure.who, failure.reason, f" in step {t}") from failure

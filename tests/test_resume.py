@@ -24,7 +24,7 @@ IMAGE = ["--env-id=CarRacing-v3", "--num-steps=48", "--total-timesteps=192", "--
 IMAGE += ["--env-kwargs", "max_episode_steps=20"]
 # The command, its environment, and after which updates it is stopped.
 CASES = {
-    "torch, 1 process": (partial(python, TORCH), VECTOR, [1, 3]),
+    "torch, 1 process": (partial(python, TORCH, "--compile"), VECTOR, [1, 3]),
     "torch, 2 processes": (partial(torchrun, 2, TORCH), CONTINUOUS, [1]),
     "torch, 3 processes": (
         partial(torchrun, 3, TORCH),
@@ -34,6 +34,7 @@ CASES = {
     "fabric, 1 process": (partial(python, FABRIC), IMAGE, [3]),
     "fabric, 2 processes": (partial(fabric_run, 2, FABRIC, options=DDP), VECTOR, [2]),
     "decoupled, 1 trainer": (partial(fabric_run, 2, DECOUPLED), IMAGE, [2]),
+    "decoupled, overlapping": (partial(fabric_run, 2, DECOUPLED, "--overlap"), CONTINUOUS, [2]),
     "decoupled, 2 trainers": (partial(fabric_run, 3, DECOUPLED), CONTINUOUS, [1, 3]),
 }
 
@@ -100,6 +101,19 @@ def test_the_weights_go_on_changing_after_a_resume(runs):
     uninterrupted, _ = runs["torch, 1 process"]
     last, before = (torch.load(checkpoint(uninterrupted, update), weights_only=True)["agent"] for update in (4, 3))
     assert not torch.equal(last["actor.0.weight"], before["actor.0.weight"])
+
+
+def test_with_overlap_a_policy_acts_that_is_one_update_older_than_the_one_it_improves(runs):
+    folder, _ = runs["decoupled, overlapping"]
+    assert [value for _, value in scalars(folder)["Info/staleness"]] == [0, 1, 1, 1]
+    checkpoints = [torch.load(checkpoint(folder, update), weights_only=True) for update in range(1, UPDATES + 1)]
+    weights = [
+        torch.cat([tensor.flatten() for name, tensor in loaded["agent"].items() if "normalizer" not in name])
+        for loaded in checkpoints
+    ]
+    for update in range(2, UPDATES + 1):  # what acts in the rollout after an update are the weights before it
+        assert torch.equal(checkpoints[update - 1]["acting_weights"], weights[update - 2])
+        assert not torch.equal(weights[update - 1], weights[update - 2])
 
 
 @pytest.fixture

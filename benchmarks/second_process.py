@@ -1,0 +1,82 @@
+"""When a second process pays: a gradient step of one process against that of two, which average their gradients.
+
+    torchrun --standalone --nproc_per_node=2 -m benchmarks.second_process
+
+Both take the same step: one process on all rows of a minibatch, or each of two on half of them. Interleaved repeats;
+the medians of both in microseconds, and of their ratio, for networks of two hidden layers.
+"""
+
+import time
+from collections.abc import Callable
+from itertools import product
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor
+
+from rl.agent import Agent
+from rl.args import CommonArgs
+from rl.compiled import compile_gradient_step
+from rl.minibatch import Batch
+
+REPEATS = 7
+STEPS = 100
+ROWS = (64, 256, 1024, 4096)
+UNITS = (64, 256, 512)  # of each hidden layer
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up a tensor over the two processes."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def make_step(units: int, rows: int, processes: int) -> Callable[[], Tensor]:
+    """Return a gradient step of one or of two processes on a minibatch of `rows` rows in all."""
+    args = CommonArgs(hidden_sizes=(units, units))
+    observation_space = Box(-1, 1, (8,))
+    agent = Agent(observation_space, Discrete(4), args)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
+    zeros = Batch.zeros(rows // processes, observation_space, agent.distribution)
+    minibatch = Batch(*(torch.randn_like(field) if field.is_floating_point() else field for field in zeros))
+    step = compile_gradient_step(
+        lambda minibatch, rows: minibatch.values, agent, optimizer, args, minibatch, sum_over_ranks, processes
+    )
+    return lambda: step(minibatch, minibatch.num_rows)
+
+
+def microseconds(step: Callable[[], Tensor]) -> float:
+    """Return how long a step takes, the mean over STEPS steps."""
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return (time.perf_counter() - start) / STEPS * 1e6
+
+
+def main() -> None:
+    """Print a table in Markdown."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    is_first = dist.get_rank() == 0
+    if is_first:
+        print("| rows of the minibatch | units of each layer | one process, µs | two, µs | one / two |")
+        print("| --- | --- | --- | --- | --- |")
+    for rows, units in product(ROWS, UNITS):
+        one, two = make_step(units, rows, 1), make_step(units, rows, 2)
+        pairs = []
+        for _ in range(REPEATS):
+            alone = torch.tensor(microseconds(one) if is_first else 0.0)  # the other one waits
+            dist.broadcast(alone, 0)
+            dist.barrier()
+            pairs.append((alone.item(), microseconds(two)))
+        medians = (f"{median(times):,.0f}" for times in zip(*pairs, strict=True))
+        if is_first:
+            ratio = median(alone / together for alone, together in pairs)
+            print(f"| {rows} | {units} |", " | ".join(medians), f"| {ratio:.2f} |", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

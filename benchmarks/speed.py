@@ -1,0 +1,302 @@
+"""Training speed of our scripts, of other libraries, and of what no program can be faster than.
+
+    python -m benchmarks.speed                                    # ours, and stable-baselines3 if it is installed here
+    python -m benchmarks.speed --sheeprl PYTHON --torchrl PYTHON --cleanrl PYTHON --cleanrl-checkout FOLDER
+
+PYTHON is the interpreter of an environment that holds the library, FOLDER one that holds cleanrl/ppo.py.
+
+All do the same work: 8 environments, 2048 steps per update in all, networks of 64-64, one thread per process, and
+minibatches of 64 rows in 10 epochs (A) or of 256 rows in 4 epochs (B). Each repeat runs everything once, so that what
+else the machine does befalls all alike; ratios are those within a repeat, and medians over the repeats are shown.
+Imports, compilation and the first updates are left out of the speed. Every run is kept in a file of results, and a
+benchmark that was stopped goes on with it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from benchmarks.rivals import NUM_ENVS, ROLLOUT_LENGTH, STEPS_PER_UPDATE
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+WARM_UP = 4  # updates that are left out
+ENV_IDS = ("LunarLander-v3", "CartPole-v1")
+CONFIGS = {"A": (64, 10), "B": (256, 4)}  # rows of a minibatch, epochs
+OURS = {
+    "train_torch.py": [sys.executable, str(ROOT / "train_torch.py")],
+    "train_fabric.py": [sys.executable, str(ROOT / "train_fabric.py")],
+    "decoupled, 1 trainer": [str(BIN / "fabric"), "run", "--devices=2", str(ROOT / "train_fabric_decoupled.py")],
+    "decoupled --overlap": [
+        str(BIN / "fabric"),
+        "run",
+        "--devices=2",
+        str(ROOT / "train_fabric_decoupled.py"),
+        "--overlap",
+    ],
+    "train_torch.py x 2": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", str(ROOT / "train_torch.py")],
+}
+MAIN = "train_torch.py"
+RIVALS = ("stable_baselines3", "cleanrl", "sheeprl", "torchrl")
+STARTS = (MAIN, "train_fabric.py")  # whose start is measured, too: without compilation
+START_SETTING = ("LunarLander-v3", "B")
+PARTS = ("environment", "policy", "gradient", "all_reduce")
+
+
+@dataclass
+class Options:
+    """Compare the training speed of our scripts with other libraries and with the ceiling."""
+
+    repeats: int = 5
+    """How often everything is run."""
+    updates: int = 16
+    """Updates of each run; the first 4 are left out of the speed."""
+    stable_baselines3: Path | None = Path(sys.executable) if find_spec("stable_baselines3") else None
+    """Interpreter that has stable-baselines3."""
+    sheeprl: Path | None = None
+    """Interpreter that has SheepRL."""
+    torchrl: Path | None = None
+    """Interpreter that has TorchRL."""
+    cleanrl: Path | None = None
+    """Interpreter that has what CleanRL's ppo.py needs."""
+    cleanrl_checkout: Path | None = None
+    """Folder that holds cleanrl/ppo.py."""
+    results: Path = Path("benchmarks/speed.jsonl")
+    """File of results; without it everything is measured anew."""
+    figure: Path | None = None
+    """File of a figure to draw, for example assets/speed.svg (needs matplotlib)."""
+
+
+class Finished(NamedTuple):
+    """A run that has ended."""
+
+    printed: str
+    start: float  # when it was started, as `time.time` tells it
+    memory: float  # the largest of its processes at its peak, in megabytes
+
+
+def run(command: list[str], folder: Path) -> Finished:
+    """Run a command in a folder.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (folder / "stdout").open("w+") as out, (folder / "stderr").open("w+") as err:
+        start = time.time()
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        out.seek(0), err.seek(0)
+        if status:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{err.read()[-3000:]}")
+        return Finished(out.read(), start, usage.ru_maxrss / 1024)
+
+
+def run_ours(name: str, env_id: str, config: str, updates: int, *flags: str) -> dict[str, float]:
+    """Run one of our scripts."""
+    rows, epochs = CONFIGS[config]
+    processes = 2 if name.endswith("x 2") else 1  # that share environments and minibatches
+    work = {
+        "env-id": env_id,
+        "num-envs": NUM_ENVS // processes,
+        "num-steps": STEPS_PER_UPDATE,
+        "per-rank-batch-size": rows // processes,
+        "update-epochs": epochs,
+        "total-timesteps": updates * STEPS_PER_UPDATE,
+        "test-episodes": 1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        finished = run([*OURS[name], *(f"--{flag}={value}" for flag, value in work.items()), *flags], Path(folder))
+        (events,) = Path(folder).glob("logs/*/*/events*")
+        logged = EventAccumulator(str(events)).Reload().Scalars("Loss/loss")
+    return measures([event.wall_time - finished.start for event in logged], finished.memory)
+
+
+def run_rival(name: str, python: Path, env_id: str, config: str, updates: int, *flags: str) -> dict[str, float]:
+    """Run another library."""
+    rows, epochs = CONFIGS[config]
+    work = {"env-id": env_id, "minibatch-size": rows, "epochs": epochs, "updates": updates}
+    command = [str(python.absolute()), str(ROOT / "benchmarks" / "rivals" / f"{name}.py")]
+    with tempfile.TemporaryDirectory() as folder:
+        finished = run([*command, *(f"--{flag}={value}" for flag, value in work.items()), *flags], Path(folder))
+    lines = [json.loads(line) for line in finished.printed.splitlines()]
+    return measures([line["seconds"] for line in lines if "update" in line], finished.memory)
+
+
+def measures(times: list[float], memory: float) -> dict[str, float]:
+    """Return steps per second, the seconds to the first update, and the memory in megabytes.
+
+    Args:
+        times: seconds from the start to the end of each update.
+        memory: in megabytes.
+    """
+    steps = (len(times) - WARM_UP) * STEPS_PER_UPDATE
+    seconds = times[-1] - times[WARM_UP - 1]
+    return {"steps_per_second": steps / seconds, "first_update": times[0], "memory": memory}
+
+
+def run_ceiling(processes: int, env_id: str, config: str) -> dict[str, float]:
+    """Return the steps per second of which an update would be capable that consisted of its parts alone."""
+    rows, epochs = CONFIGS[config]
+    launcher = [sys.executable] if processes == 1 else [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
+    flags = [f"--env-id={env_id}", f"--minibatch-size={rows // processes}", f"--num-envs={NUM_ENVS // processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = json.loads(run([*launcher, "-m", "benchmarks.ceilings", *flags], Path(folder)).printed.splitlines()[-1])
+    gradient_steps = epochs * STEPS_PER_UPDATE // rows
+    rollout = ROLLOUT_LENGTH * (parts["environment"] + parts["policy"])
+    update = rollout + gradient_steps * (parts["gradient"] + parts.get("all_reduce", 0))
+    return {"steps_per_second": STEPS_PER_UPDATE / update * 1e6, **parts}
+
+
+def contestants(options: Options) -> dict[str, Callable[[str, str], dict[str, float]]]:
+    """Return by name what is run, given an environment and a configuration."""
+    runs: dict[str, Callable[[str, str], dict[str, float]]] = {}
+    for name, python, *flags in (
+        ("stable_baselines3", options.stable_baselines3),
+        ("cleanrl", options.cleanrl, f"--checkout={(options.cleanrl_checkout or Path()).absolute()}", "--gymnasium"),
+        ("sheeprl", options.sheeprl),
+        ("torchrl", options.torchrl, "--compile"),
+    ):
+        if python:
+            runs[name] = lambda *setting, name=name, python=python, flags=flags: run_rival(
+                name, python, *setting, options.updates, *flags
+            )
+    for name in OURS:
+        runs[name] = lambda *setting, name=name: run_ours(name, *setting, options.updates, "--compile")
+    for name in STARTS:
+        runs[f"{name} --no-compile"] = lambda *setting, name=name: run_ours(name, *setting, WARM_UP + 1, "--no-compile")
+    runs["limit"] = partial(run_ceiling, 1)
+    runs["limit x 2"] = partial(run_ceiling, 2)
+    return runs
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """Run what the file of results does not hold yet, and return all results."""
+    runs = contestants(options)
+    results = (
+        [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    )
+    known = {(result["repeat"], result["env_id"], result["config"], result["name"]) for result in results}
+    jobs = [job for job in product(range(options.repeats), ENV_IDS, CONFIGS, runs) if job not in known]
+    jobs = [job for job in jobs if not job[-1].endswith("--no-compile") or job[1:3] == START_SETTING]
+    for repeat, env_id, config, name in tqdm(jobs, unit="run"):
+        result = {"repeat": repeat, "env_id": env_id, "config": config, "name": name} | runs[name](env_id, config)
+        results.append(result)
+        with options.results.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    return results
+
+
+class Table:
+    """Medians over the repeats, and medians of the ratios within a repeat."""
+
+    def __init__(self, results: list[dict[str, Any]]) -> None:
+        self.results = {
+            (result["env_id"], result["config"], result["name"], result["repeat"]): result for result in results
+        }
+        self.repeats = sorted({result["repeat"] for result in results})
+        self.names = list(dict.fromkeys(result["name"] for result in results))
+        self.rivals = [name for name in self.names if name in RIVALS]
+
+    def values(self, setting: tuple[str, str], name: str, what: str = "steps_per_second") -> list[float]:
+        """Return a value of each repeat."""
+        return [self.results[*setting, name, repeat][what] for repeat in self.repeats]
+
+    def best_rival(self, setting: tuple[str, str]) -> list[float]:
+        """Return the steps per second of the fastest other library, which is that of the highest median."""
+        return max((self.values(setting, name) for name in self.rivals), key=median)
+
+    def print(self) -> None:
+        """Print the tables in Markdown."""
+        settings = list(product(ENV_IDS, CONFIGS))
+        _print_row("steps/s", *self.rivals, MAIN, "ratio to the best", "limit", "share of it")
+        _print_row(*["---"] * (len(self.rivals) + 5))
+        for setting in settings:
+            ours, limit = self.values(setting, MAIN), self.values(setting, "limit")
+            ratio = f"{_ratio(ours, self.best_rival(setting)):.1f}" if self.rivals else ""
+            medians = [f"{median(self.values(setting, name)):,.0f}" for name in (*self.rivals, MAIN)]
+            _print_row(", ".join(setting), *medians, ratio, f"{median(limit):,.0f}", f"{_ratio(ours, limit):.2f}")
+        print()
+        _print_row("steps/s", *OURS, "overlap / one process", "limit of two", "share of it")
+        _print_row(*["---"] * (len(OURS) + 4))
+        for setting in settings:
+            one, two, limit = (self.values(setting, name) for name in (MAIN, f"{MAIN} x 2", "limit x 2"))
+            overlap = _ratio(self.values(setting, "decoupled --overlap"), one)
+            medians = [f"{median(self.values(setting, name)):,.0f}" for name in OURS]
+            _print_row(
+                ", ".join(setting), *medians, f"{overlap:.2f}", f"{median(limit):,.0f}", f"{_ratio(two, limit):.2f}"
+            )
+        print()
+        _print_row("", "seconds to the first update", "megabytes")
+        _print_row(*["---"] * 3)
+        for name in (*self.rivals, *(f"{name} --no-compile" for name in STARTS)):
+            seconds, memory = (median(self.values(START_SETTING, name, what)) for what in ("first_update", "memory"))
+            _print_row(name, f"{seconds:.1f}", f"{memory:.0f}")
+        print()
+        _print_row("microseconds", *PARTS)
+        _print_row(*["---"] * (len(PARTS) + 1))
+        for setting, name in product(settings, ("limit", "limit x 2")):
+            shown = [part for part in PARTS if part in self.results[*setting, name, self.repeats[0]]]
+            _print_row(
+                ", ".join((*setting, name)), *(f"{median(self.values(setting, name, part)):.0f}" for part in shown)
+            )
+
+
+def _ratio(values: list[float], others: list[float]) -> float:
+    return median(value / other for value, other in zip(values, others, strict=True))
+
+
+def _print_row(*cells: str) -> None:
+    print("|", " | ".join(cells), "|")
+
+
+def draw(table: Table, path: Path) -> None:
+    """Draw the steps per second of everybody, setting by setting."""
+    import matplotlib  # here, because only the figure needs it
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same file for the same numbers
+    from matplotlib import pyplot
+
+    settings = list(product(ENV_IDS, CONFIGS))
+    figure, axes = pyplot.subplots(1, len(settings), figsize=(12, 3), layout="constrained")
+    names = [*table.rivals, MAIN, "decoupled --overlap", "limit"]
+    for axis, setting in zip(axes, settings, strict=True):
+        speeds = [median(table.values(setting, name)) for name in names]
+        colors = ["0.7"] * len(table.rivals) + ["tab:blue", "tab:cyan", "0.9"]
+        bars = axis.barh(names, speeds, color=colors)
+        axis.bar_label(bars, [f" {value:,.0f}" for value in speeds], fontsize=8)
+        axis.set(title=f"{setting[0]}, {setting[1]}", xlim=(0, max(speeds) * 1.3), xticks=[])
+        axis.invert_yaxis()
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        if axis is not axes[0]:
+            axis.set_yticks([])
+    figure.supxlabel("environment steps per second of training", fontsize=10)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(options: Options) -> None:
+    """Measure, print and draw."""
+    table = Table(measure(options))
+    table.print()
+    if options.figure:
+        draw(table, options.figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
