@@ -179,7 +179,8 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         losses = channel.receive_losses(len(LOSS_TAGS) + 1)
         scalars |= name_means(torch.cat([sum_episodes(episodes), losses]))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
-        scalars["Info/staleness"] = staleness
+        if args.overlap:
+            scalars["Info/staleness"] = staleness
         start, before = time.perf_counter(), start
         scalars["Time/step_per_second"] = args.num_steps / (start - before)
         log(scalars, update)

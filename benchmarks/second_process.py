@@ -64,6 +64,7 @@ def main() -> None:
         print("| rows of the minibatch | units of each layer | one process, µs | two, µs | one / two |")
         print("| --- | --- | --- | --- | --- |")
     for rows, units in product(ROWS, UNITS):
+        torch.compiler.reset()
         one, two = make_step(units, rows, 1), make_step(units, rows, 2)
         pairs = []
         for _ in range(REPEATS):

@@ -22,6 +22,10 @@ GradientStep = Callable[[Batch, float], Tensor]
 # Of all that a graph was compiled for, only the shapes of tensors change during a run, so only they are checked.
 OPTIONS = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
 
+# Elements. Each weight begins at an address that is aligned as if it were alone: the last bit of a matrix product
+# depends on that, and the player of the decoupled script, which compiles nothing, must act as a coupled script does.
+ALIGNMENT = 16
+
 
 def compile_gradient_step(
     plain: GradientStep,
@@ -37,8 +41,8 @@ def compile_gradient_step(
     On one process the forward pass, the backward pass, clipping and Adam are one graph. On several, two graphs stand
     around one message, in which the gradients of all weights are averaged over the ranks.
 
-    From here on all weights lie in one tensor, and so does each moment of Adam; what the agent and the optimizer hold
-    are views of them.
+    From here on all weights lie in one tensor, and so does each part of Adam's state; what the agent and the optimizer
+    hold are views of them.
 
     Args:
         plain: takes a minibatch and what `ppo_loss` calls `rows`, takes a gradient step, and returns what `Losses`
@@ -53,30 +57,29 @@ def compile_gradient_step(
     group, states = optimizer.param_groups[0], _adam_states(optimizer)
     beta1, beta2 = group["betas"]
     named = dict(agent.named_parameters())
-    sizes = [parameter.numel() for parameter in named.values()]
+    sizes = [parameter.numel() + -parameter.numel() % ALIGNMENT for parameter in named.values()]
     weights = _flatten(list(named.values()))
-    exp_avg, exp_avg_sq = (_flatten([state[moment] for state in states]) for moment in ("exp_avg", "exp_avg_sq"))
-    step = states[0]["step"].clone()
-    for state in states:
-        state["step"] = step
+    exp_avg, exp_avg_sq, steps = (
+        _flatten([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq", "step")
+    )
     learning_rate = torch.zeros((), dtype=torch.float64, device=weights.device)
 
     def loss(weights: Tensor, minibatch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         pieces = zip(named.items(), weights.split(sizes), strict=True)
-        views = {name: piece.view_as(parameter) for (name, parameter), piece in pieces}
+        views = {name: piece[: parameter.numel()].view_as(parameter) for (name, parameter), piece in pieces}
         losses = ppo_loss(lambda *inputs: functional_call(agent, views, inputs), minibatch, rows, args)
         return losses.loss, torch.stack(losses).detach()
 
     gradient = torch.func.grad(loss, has_aux=True)
 
     def descend(
-        gradient: Tensor, weights: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, learning_rate: Tensor
+        gradient: Tensor, weights: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, steps: Tensor, learning_rate: Tensor
     ) -> Tensor:
         norm = torch.linalg.vector_norm(gradient)
         clipped = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as `clip_grad_norm_` does
-        exact_step = step.double()  # in float32 the bias correction of the first steps would be rounded away
+        step = steps[0].double()  # in float32 the bias correction of the first steps would be rounded away
         adam(
-            *([weights], [clipped], [exp_avg], [exp_avg_sq], [], [exact_step]),
+            *([weights], [clipped], [exp_avg], [exp_avg_sq], [], [step]),
             foreach=False,
             amsgrad=False,
             beta1=beta1,
@@ -86,7 +89,7 @@ def compile_gradient_step(
             eps=group["eps"],
             maximize=False,
         )
-        step.copy_(exact_step)
+        steps += 1
         return norm
 
     def whole(minibatch: Batch, rows: Tensor, weights: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +119,7 @@ def compile_gradient_step(
         return losses
 
     say("compiling the gradient step (--no-compile starts at once and is slower)")
-    state = (weights, exp_avg, exp_avg_sq, step, learning_rate)
+    state = (weights, exp_avg, exp_avg_sq, steps, learning_rate)
     failure = ""
     try:
         take_step(example, 1.0, lambda gradients: gradients, *(tensor.clone() for tensor in state))
@@ -139,8 +142,9 @@ def _adam_states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
-    """Return all tensors in one, [elements], and let them be views of it from now on."""
-    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.data = piece.view_as(tensor)
+    """Return all tensors in one, padded with zeros, and let them be views of it from now on."""
+    padded = [nn.functional.pad(tensor.detach().flatten(), (0, -tensor.numel() % ALIGNMENT)) for tensor in tensors]
+    flat = torch.cat(padded)
+    for tensor, piece in zip(tensors, flat.split([len(piece) for piece in padded]), strict=True):
+        tensor.data = piece[: tensor.numel()].view_as(tensor)
     return flat

@@ -27,7 +27,7 @@ SHORT_RACE = [
     "--test-episodes=2",
 ]
 ENVIRONMENTS = {
-    "CartPole-v1": FLAGS,
+    "CartPole-v1": [*FLAGS, "--compile"],
     "LunarLander-v3": FLAGS,
     "Pendulum-v1": [*FLAGS, *NORMALIZED],
     "CarRacing-v3": [*FLAGS, *SHORT_RACE, "--per-rank-batch-size", "16", "--hidden-sizes", "32"],
