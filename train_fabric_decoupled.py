@@ -245,7 +245,7 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
         optimizer.step()
         return torch.stack(losses).detach()
 
-    if args.compiles(num_trainers):  # the same, several times faster: one graph, or two around one message to the others
+    if args.compiles(num_trainers):  # the same, several times faster: in one graph, or two around one message
         minibatch = Batch.zeros(args.minibatch_rows(num_trainers), observation_space, agent.distribution).to(device)
         gradient_step = compile_gradient_step(
             gradient_step, agent, optimizer, args, minibatch, channel.trainers.all_reduce, num_trainers

@@ -118,7 +118,7 @@ def main(args: TorchArgs) -> None:
         optimizer.step()
         return torch.stack(losses).detach()
 
-    if args.compiles(world_size):  # the same, several times faster: one graph, or two around one message to the others
+    if args.compiles(world_size):  # the same, several times faster: in one graph, or two around one message
         minibatch = Batch.zeros(args.minibatch_rows(world_size), observation_space, agent.distribution).to(device)
         gradient_step = compile_gradient_step(
             gradient_step, agent, optimizer, args, minibatch, sum_over_ranks, world_size
