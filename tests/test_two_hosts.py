@@ -99,7 +99,7 @@ def test_a_run_goes_on_by_itself_when_a_trainer_on_the_other_host_is_killed(one_
 
 
 def test_every_rank_ends_when_the_cable_is_cut(tmp_path):
-    endless = ["--total-timesteps=100000000", "--checkpoint-every=1", f"--timeout={TIMEOUT}"]
+    endless = ["--total-timesteps=100000000", "--no-compile", "--checkpoint-every=1", f"--timeout={TIMEOUT}"]
     with launched(on_both(torchrun_on, 1, TORCH, *endless), tmp_path, LIMIT) as (hosts, launchers):
         wait_until_a_checkpoint_is_written(tmp_path, launchers)
         assert [len(host.ranks()) for host in hosts] == [1, 1]

@@ -1,6 +1,6 @@
 """Gymnasium's environments under the interface of Gym 0.23, as far as CleanRL 1.2.0's ppo.py uses it.
 
-Gym's own lander makes the particles of its engines' flames even when nobody draws them, at more than twice the cost.
+A step of Gym's own lander takes more than twice as long.
 """
 
 import sys
