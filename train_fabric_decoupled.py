@@ -172,7 +172,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         if not args.share_data:
             rows = rows[stream(args.seed, Purpose.SCATTER, update).permutation(len(rows))]
         channel.send_rows(rows, args.share_data)
-        acting_weights = parameters_to_vector(agent.parameters()).detach()
+        acting_weights = parameters_to_vector(agent.parameters()).detach() if args.overlap else None
         collected = collect(update + 1) if args.overlap and update < args.num_updates else None
 
         # Log: where no episode ended, the last mean return stands.
