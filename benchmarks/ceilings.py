@@ -93,7 +93,9 @@ def main(options: Options) -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         weights = torch.zeros(sum(parameter.numel() for parameter in agent.parameters()))
-        parts["all_reduce"] = microseconds(lambda t: dist.all_reduce(weights))
+        # After a gradient step, because a process that waits meanwhile takes longer to wake than one that is busy.
+        both = microseconds(lambda t: (step(minibatch, options.minibatch_size), dist.all_reduce(weights)))
+        parts["all_reduce"] = both - gradient_step
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(parts))
     if "RANK" in os.environ:

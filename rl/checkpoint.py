@@ -5,8 +5,10 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,9 @@ class Checkpoints:
     def __init__(self, run_folder: Path, args: CommonArgs) -> None:
         self.folder = run_folder / "checkpoints"
         self.args = args
-        self.unwritten: tuple[Path, bytes] | None = None
+        self.unwritten: tuple[Path, memoryview] | None = None
+        self.writer, self.one_at_a_time = ThreadPoolExecutor(1), Lock()
+        self.writing: Future[None] | None = None
         at_end(self.write)
 
     def add(
@@ -76,20 +80,27 @@ class Checkpoints:
         }
         file = io.BytesIO()
         torch.save(checkpoint, file)
-        self.unwritten = (self.folder / f"update_{update:08d}.ckpt", file.getvalue())
+        if self.writing:
+            self.writing.result()
+        self.unwritten = (self.folder / f"update_{update:08d}.ckpt", file.getbuffer())
         can_resume(self.folder.parent)
         is_last = update == self.args.num_updates
         if is_last or update % self.args.checkpoint_every == 0:
-            self.write()
-        if is_last and self.unwritten:
-            raise RunError(f"the last checkpoint cannot be written: make room in {self.folder}, then use --resume")
+            self.writing = self.writer.submit(self.write)  # the next rollout need not wait for the disk
+        if is_last:
+            self.writing.result()
+            if self.unwritten:
+                raise RunError(f"the last checkpoint cannot be written: make room in {self.folder}, then use --resume")
 
-    @give_up("a checkpoint")
     def write(self) -> None:
         """Write what is not yet on the disk, if that takes it, and drop the oldest.
 
         The file appears under its name only once it is whole on the disk, so a crash leaves those before.
         """
+        with self.one_at_a_time, give_up("a checkpoint"):
+            self._write()
+
+    def _write(self) -> None:
         if not self.unwritten:
             return
         path, content = self.unwritten

@@ -1,6 +1,7 @@
 """What acts in a rollout: from observations to actions, in NumPy, the language of environments."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from rl.distributions import Categorical, DiagonalGaussian
 from rl.normalize import LARGEST, ObservationNormalizer
 
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+ZERO = np.zeros((), dtype=np.float32)  # a Python number would be converted in each step
 
 
 def make_policy(agent: Agent) -> Policy:
@@ -38,9 +41,9 @@ def make_policy(agent: Agent) -> Policy:
 
 def _numpy_policy(agent: Agent) -> Policy:
     linear = [layer for layer in agent.actor if isinstance(layer, nn.Linear)]
-    weights = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in linear]
+    weights = [(layer.weight.detach().T.contiguous().numpy(), layer.bias.detach().numpy()) for layer in linear]
     *hidden, (last_weight, last_bias) = weights
-    activation = np.tanh if any(isinstance(layer, nn.Tanh) for layer in agent.actor) else _relu
+    activate = np.tanh if any(isinstance(layer, nn.Tanh) for layer in agent.actor) else partial(np.maximum, ZERO)
     normalizer = (
         agent.observation_normalizer if isinstance(agent.observation_normalizer, ObservationNormalizer) else None
     )
@@ -54,14 +57,13 @@ def _numpy_policy(agent: Agent) -> Policy:
         if normalizer:
             features = ((observations - mean) / std).clip(-LARGEST, LARGEST)
         for weight, bias in hidden:
-            features = activation(features @ weight + bias)
-        outputs = features @ last_weight + last_bias
+            features = features @ weight
+            features += bias
+            activate(features, out=features)
+        outputs = features @ last_weight
+        outputs += last_bias
         if isinstance(agent.distribution, DiagonalGaussian):
             return outputs + deviation * noise
         return (outputs + noise).argmax(-1)
 
     return act
-
-
-def _relu(values: np.ndarray) -> np.ndarray:
-    return np.maximum(values, 0)

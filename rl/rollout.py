@@ -75,9 +75,9 @@ def collect_rollout(
 
     raw_observations[0] = observations
     for t in range(len(noise)):
-        actions[t] = policy(raw_observations[t], noise[t])
+        actions[t] = action = policy(raw_observations[t], noise[t])
         try:
-            step = envs.step(to_env(acted[t]).numpy())
+            step = envs.step(to_env(torch.from_numpy(action)).numpy())
         except EnvironmentFailure as failure:
             _check_finite(raw_observations[: t + 1], rewards[:t], final_observations)  # may be what it died of
             raise EnvironmentFailure(failure.who, failure.reason, f" in step {t}") from failure
