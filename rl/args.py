@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
+from rl.presets import PRESETS
+
 COMPILE_FROM = 20_000  # gradient steps: each then takes a millisecond less, and compiling takes 5 to 20 seconds
 
 
@@ -17,6 +19,8 @@ COMPILE_FROM = 20_000  # gradient steps: each then takes a millisecond less, and
 class RunArgs:
     """How long is trained, and what is left behind."""
 
+    preset: Literal[tuple(PRESETS)] | None = None
+    """Flags tuned for an environment and one process (rl/presets.py); what else is given wins."""
     total_timesteps: int = 98_304
     """Environment steps in the whole run, over all environments of all processes."""
     seed: int = 42

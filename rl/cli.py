@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from argparse import ArgumentParser
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import tyro
 from rl.args import CommonArgs
 from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
 from rl.launch import end_with_launcher, fail, is_rank_zero, read_ranks, say, wait_for_rank_zero
+from rl.presets import PRESETS
 from rl.run_folder import run_before_restart
 from rl.spaces import is_image
 
@@ -54,7 +56,7 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     world_size = read_ranks().world_size
     end_with_launcher()
     try:
-        args = script_args(**_parse_groups(script_args, argv, script_args()))
+        args = script_args(**_parse_groups(script_args, argv, _defaults(script_args, argv)))
         before = run_before_restart()
         if before is not None and any(before.glob("checkpoints/*.ckpt")):
             args = _resumed(script_args, argv, before, world_size, restarted=True)
@@ -73,10 +75,20 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         _check_log_root(args.log_root)
     except ValueError as error:
         fail(str(error))
+    if args.preset and not args.resume:
+        say(f"preset {args.preset}: {PRESETS[args.preset].result}")
     rounded = args.rounded(world_size)
     if rounded.num_steps != args.num_steps:
         say(f"--num-steps {args.num_steps} rounded up to {rounded.num_steps}, the same for every environment")
     return rounded
+
+
+def _defaults(script_args: type[Args], argv: list[str] | None) -> Args:
+    """Return the arguments for which no flag is given: those of the preset, if one is named."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", nargs="?")  # what is wrong with it is said later, among all the flags
+    preset = PRESETS.get(finder.parse_known_args(argv)[0].preset)
+    return script_args(**preset.flags) if preset else script_args()
 
 
 def _part(group: type, args: CommonArgs) -> Any:

@@ -46,6 +46,7 @@ def name_means(sums: Tensor) -> dict[str, float]:
     means = {tag: loss_sum / steps for tag, loss_sum in zip(LOSS_TAGS, loss_sums, strict=True)}
     if wrong := [tag for tag, mean in means.items() if not math.isfinite(mean)]:
         raise RunError(f"{', '.join(wrong)} is NaN or infinite")
+    means["Game/episodes"] = episodes
     if episodes:
         means |= {"Rewards/rew_avg": return_sum / episodes, "Game/ep_len_avg": length_sum / episodes}
     return means

@@ -204,7 +204,9 @@ def test_a_run_resumed_from_an_older_checkpoint_replaces_those_after_it(tmp_path
     before = Checkpoints(tmp_path, args)
     for update in range(1, 6):
         before.add(update, agent, optimizer, {}, [])
+        before.write()  # as at a run's end: now, and not in its own time
     assert updates_on_disk() == [3, 4, 5]
     resumed = Checkpoints(tmp_path, args)  # from update 3
     resumed.add(4, agent, optimizer, {}, [])
+    resumed.write()
     assert updates_on_disk() == [3, 4]

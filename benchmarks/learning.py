@@ -1,0 +1,296 @@
+"""How well the scripts learn: runs of several seeds side by side, their tests, statistics and learning curves.
+
+    python -m benchmarks.learning                                     # whatever the file of results lacks
+    python -m benchmarks.learning --entries pendulum --seeds 1 2 3
+    python -m benchmarks.learning --entries --figure assets/learning.svg    # only what is there: tables and figure
+
+Each run trains one seed, then tests 100 greedy episodes, whose seeds no training has. As many runs as there are cores
+work at once, those of several processes accordingly fewer. A benchmark that was stopped goes on with the runs that
+the file of results lacks. The runs' folders stay in benchmarks/runs.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from scipy.stats import bootstrap, trim_mean
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from rl.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+RUNS = ROOT / "benchmarks" / "runs"
+WINDOW = 100  # training episodes over which a learning curve is averaged
+EPISODES = 100  # of a test
+TEST_SEED = 10_000  # and the run's seed: of a test
+POINTS = 100  # of a learning curve, about so many are kept
+
+
+class Entry(NamedTuple):
+    """What is run for each seed."""
+
+    env_id: str
+    command: list[str]  # but for the seed
+    processes: int = 1
+
+
+def _preset(name: str, script: str = "train_torch.py", *flags: str) -> Entry:
+    return Entry(PRESETS[name].flags["env_id"], [sys.executable, script, "--preset", name, *flags])
+
+
+def _stable_baselines3(env_id: str, settings: str) -> Entry:
+    module = "benchmarks.learning_stable_baselines3"
+    return Entry(env_id, [sys.executable, "-m", module, "--env-id", env_id, "--settings", settings])
+
+
+FABRIC = [str(BIN / "fabric"), "run"]
+COUPLED = [*FABRIC, "--accelerator=cpu", "--strategy=ddp", "--devices=2"]
+TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone"]
+LUNAR_LANDER = shlex.split(
+    "--env-id LunarLander-v2 --total-timesteps 500000 --ortho-init --num-envs 2 --num-steps 2048"
+)
+ENTRIES = {name: _preset(name) for name in PRESETS} | {
+    # The commands of the README, with the scripts' defaults
+    "train_torch.py x 2": Entry("CartPole-v1", [*TORCHRUN, "train_torch.py"], 2),
+    "train_fabric.py x 2": Entry("CartPole-v1", [*COUPLED, "train_fabric.py"], 2),
+    "train_fabric_decoupled.py x 3": Entry(
+        "CartPole-v1", [*FABRIC, "--devices=3", "train_fabric_decoupled.py", "--num-envs", "4"], 3
+    ),
+    "LunarLander, train_fabric.py x 2": Entry("LunarLander-v3", [*COUPLED, "train_fabric.py", *LUNAR_LANDER], 2),
+    # On two cores, against stable-baselines3
+    "LunarLander, --overlap": Entry(
+        "LunarLander-v3",
+        [*FABRIC, "--devices=2", "train_fabric_decoupled.py", "--overlap", "--preset", "lunar-lander"],
+        2,
+    ),
+    "CartPole, stable-baselines3": _stable_baselines3("CartPole-v1", "published"),
+    "LunarLander, stable-baselines3": _stable_baselines3("LunarLander-v3", "published"),
+    "LunarLander, stable-baselines3, our settings": _stable_baselines3("LunarLander-v3", "ours"),
+}
+CURVES = {  # what is drawn together
+    "CartPole-v1": ("cartpole", "CartPole, stable-baselines3"),
+    "LunarLander-v3": (
+        "lunar-lander",
+        "LunarLander, --overlap",
+        "LunarLander, stable-baselines3",
+        "LunarLander, stable-baselines3, our settings",
+    ),
+}
+
+
+@dataclass
+class Options:
+    """Train, test, compare."""
+
+    entries: tuple[Literal[tuple(ENTRIES)], ...] = tuple(ENTRIES)
+    """What is run: presets, commands of the README, stable-baselines3."""
+    seeds: tuple[int, ...] = tuple(range(1, 11))
+    """Seeds of the runs."""
+    jobs: int = os.cpu_count() or 1
+    """Processes that work at once."""
+    results: Path = ROOT / "benchmarks" / "learning.jsonl"
+    """File of results; what it holds is not run again."""
+    figure: Path | None = None
+    """File of a figure to draw, for example assets/learning.svg (needs matplotlib)."""
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run a command in a folder and return what it prints.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def learning_curve(log: Path, start: float) -> list[tuple[int, float, float]]:
+    """Return steps, seconds since the start, and the mean return of the last episodes, for each update of a run.
+
+    Args:
+        log: file of TensorBoard.
+        start: when the run was started, as `time.time` tells it.
+    """
+    scalars = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
+    counts = {event.step: event.value for event in scalars.Scalars("Game/episodes")}
+    updates = [event for event in scalars.Scalars("Rewards/rew_avg") if counts[event.step]]
+    curve = []
+    for last in range(len(updates)):
+        # The log has means of updates, so the window begins with the update that makes it full.
+        episodes = return_sum = 0.0
+        for event in reversed(updates[: last + 1]):
+            episodes += counts[event.step]
+            return_sum += event.value * counts[event.step]
+            if episodes >= WINDOW:
+                curve.append((updates[last].step, updates[last].wall_time - start, return_sum / episodes))
+                break
+    return curve
+
+
+def train(name: str, seed: int, port: int) -> dict[str, Any]:
+    """Train and test one seed, and return the result."""
+    entry = ENTRIES[name]
+    folder = RUNS / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    folder.mkdir(parents=True)
+    command = [str(ROOT / part) if part.startswith("train_") else part for part in entry.command]
+    if command[: len(FABRIC)] == FABRIC:
+        command.insert(len(FABRIC), f"--main-port={port}")
+    start = time.time()
+    printed = run([*command, "--seed", str(seed)], folder)
+    if "stable_baselines3" in " ".join(command):
+        result = json.loads(printed.splitlines()[-1])
+    else:
+        (log,) = folder.glob("logs/*/*/events*")
+        losses = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload().Scalars("Loss/loss")
+        test = [sys.executable, "-m", "rl.evaluate", str(log.parent), f"--episodes={EPISODES}"]
+        words = run([*test, f"--seed={TEST_SEED + seed}"], folder).splitlines()[-1].split()
+        mean, std, _ = (float(word.split("=")[1]) for word in words)
+        result = {
+            "steps": losses[-1].step,
+            "seconds": losses[-1].wall_time - start,
+            "curve": learning_curve(log, start),
+            "mean_return": mean,
+            "std_return": std,
+        }
+    curve = [(steps, round(seconds, 1), round(mean, 2)) for steps, seconds, mean in result["curve"]]
+    threshold = gym.spec(entry.env_id).reward_threshold
+    solved = next((point for point in curve if threshold is not None and point[2] >= threshold), None)
+    return {
+        "entry": name,
+        "seed": seed,
+        **{what: round(result[what], 2) for what in ("mean_return", "std_return", "steps", "seconds")},
+        "solved": solved and solved[:2],  # steps and seconds until the curve reached the environment's threshold
+        "curve": curve[:: -(-len(curve) // POINTS) or 1],
+    }
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """Run what the file of results does not hold yet, and return all results."""
+    results = (
+        [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    )
+    known = {(result["entry"], result["seed"]) for result in results}
+    missing = [(name, seed) for seed in options.seeds for name in options.entries if (name, seed) not in known]
+    missing.sort(key=lambda job: ENTRIES[job[0]].processes)
+    with tqdm(total=len(missing), unit="run") as bar:
+        for processes, jobs in groupby(missing, key=lambda job: ENTRIES[job[0]].processes):
+            for result in _side_by_side(list(jobs), max(1, options.jobs // processes)):
+                results.append(result)
+                with options.results.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                bar.set_postfix_str(f"{result['entry']}, seed {result['seed']}: {result['mean_return']:.1f}")
+                bar.update()
+    return results
+
+
+def _side_by_side(jobs: list[tuple[str, int]], at_once: int) -> Iterator[dict[str, Any]]:
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = [pool.submit(train, *job, 29_500 + number) for number, job in enumerate(jobs)]
+        try:
+            for done in as_completed(runs):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def interquartile_mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of the middle half of the values, and its 95 % bootstrap confidence interval.
+
+    Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice".
+    """
+    statistic = partial(trim_mean, proportiontocut=0.25)
+    if len(set(values)) < 2:  # nothing varies, so there is nothing to resample
+        return values[0], values[0], values[0]
+    interval = bootstrap((values,), statistic, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    return float(statistic(values)), float(interval.low), float(interval.high)
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """Print the statistics over the seeds, in Markdown."""
+    print("| | environment | seeds | steps | return: interquartile mean | 95 % interval | lowest | median | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, entry in ENTRIES.items():
+        rows = [result for result in results if result["entry"] == name]
+        if not rows:
+            continue
+        returns = [row["mean_return"] for row in rows]
+        mean, low, high = interquartile_mean(returns)
+        cells = (name, entry.env_id, len(rows), f"{rows[0]['steps']:,}", f"{mean:.1f}", f"{low:.1f} to {high:.1f}")
+        seconds = f"{median(row['seconds'] for row in rows):.0f}"
+        print("|", " | ".join(map(str, cells)), f"| {min(returns):.1f} | {median(returns):.1f} | {seconds} |")
+    print()
+    print("| seconds until 100 training episodes give the threshold | by seed | median | ratio |")
+    print("| --- | --- | --- | --- |")
+    for env_id, names in CURVES.items():
+        first = None
+        for name in names:
+            rows = sorted((result for result in results if result["entry"] == name), key=lambda row: row["seed"])
+            if not rows:
+                continue
+            seconds = [row["solved"][1] if row["solved"] else float("inf") for row in rows]
+            first = first or median(seconds)
+            threshold = f"{name}, {gym.spec(env_id).reward_threshold:g}"
+            print(f"| {threshold} |", *(f"{s:.0f}" for s in seconds), f"| {median(seconds):.0f} |", end="")
+            print(f" {median(seconds) / first:.1f} |")
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the learning curves against steps and against seconds: each seed thin, their interquartile mean thick."""
+    import matplotlib  # here, because only the figure needs it
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "learning"  # the same file for the same numbers
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(CURVES), 2, figsize=(10, 3 * len(CURVES)), layout="constrained")
+    for row, (env_id, names) in zip(axes, CURVES.items(), strict=True):
+        for column, unit in enumerate(("environment steps", "seconds, start and compilation included")):
+            axis = row[column]
+            for name, color in zip(names, ("tab:blue", "tab:cyan", "0.45", "tab:orange"), strict=False):
+                curves = [np.array(result["curve"]) for result in results if result["entry"] == name]
+                if not curves:
+                    continue
+                for curve in curves:
+                    axis.plot(curve[:, column], curve[:, 2], color=color, linewidth=0.4, alpha=0.5)
+                grid = np.linspace(max(c[0, column] for c in curves), min(c[-1, column] for c in curves), 100)
+                returns = [np.interp(grid, curve[:, column], curve[:, 2]) for curve in curves]
+                axis.plot(grid, trim_mean(returns, 0.25), color=color, linewidth=2, label=name)
+            axis.axhline(gym.spec(env_id).reward_threshold, color="0.8", linewidth=0.8, zorder=0)
+            axis.set(xlabel=unit, xlim=(0, None), ylabel=f"{env_id}\nreturn" if column == 0 else None)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(options: Options) -> None:
+    """Measure, print and draw."""
+    results = measure(options)
+    print_table(results)
+    if options.figure:
+        draw(results, options.figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

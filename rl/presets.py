@@ -1,0 +1,97 @@
+"""Presets: flags tuned for an environment and one process, with what they reach."""
+
+from typing import Any, NamedTuple
+
+
+class Preset(NamedTuple):
+    """Flags that differ from the defaults, and what a run with them reaches."""
+
+    flags: dict[str, Any]  # by field of the arguments; they say the budget, too
+    result: str
+
+
+NORMALIZED = {"normalize_observations": True, "normalize_rewards": True}
+
+PRESETS = {
+    "cartpole": Preset({"env_id": "CartPole-v1"}, ""),
+    "acrobot": Preset(
+        {"env_id": "Acrobot-v1", "total_timesteps": 300_000, "num_envs": 8, "num_steps": 2048, "gamma": 0.99}
+        | NORMALIZED,
+        "",
+    ),
+    "mountain-car-continuous": Preset(
+        {
+            "env_id": "MountainCarContinuous-v0",
+            "total_timesteps": 100_000,
+            "num_envs": 4,
+            "num_steps": 2048,
+            "gamma": 0.9999,
+            "gae_lambda": 0.9,
+        }
+        | NORMALIZED,
+        "",
+    ),
+    "pendulum": Preset(
+        {
+            "env_id": "Pendulum-v1",
+            "total_timesteps": 100_352,
+            "num_envs": 4,
+            "num_steps": 2048,
+            "gamma": 0.9,
+            "gae_lambda": 0.95,
+        }
+        | NORMALIZED,
+        "",
+    ),
+    "lunar-lander": Preset(
+        {
+            "env_id": "LunarLander-v3",
+            "total_timesteps": 500_000,
+            "num_envs": 4,
+            "num_steps": 2048,
+            "per_rank_batch_size": 128,
+            "ortho_init": True,
+        },
+        "",
+    ),
+    "lunar-lander-continuous": Preset(
+        {
+            "env_id": "LunarLanderContinuous-v3",
+            "total_timesteps": 500_000,
+            "num_envs": 4,
+            "num_steps": 2048,
+            "per_rank_batch_size": 128,
+            "ortho_init": True,
+        },
+        "",
+    ),
+    "bipedal-walker": Preset(
+        {
+            "env_id": "BipedalWalker-v3",
+            "total_timesteps": 1_000_000,
+            "num_envs": 8,
+            "num_steps": 8192,
+            "per_rank_batch_size": 256,
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+            "ortho_init": True,
+        }
+        | NORMALIZED,
+        "",
+    ),
+    "car-racing": Preset(
+        {
+            "env_id": "CarRacing-v3",
+            "total_timesteps": 200_000,
+            "num_envs": 8,
+            "num_steps": 2048,
+            "per_rank_batch_size": 128,
+            "hidden_sizes": (256,),
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+            "learning_rate": 3e-4,
+            "normalize_rewards": True,
+        },
+        "",
+    ),
+}
