@@ -113,9 +113,9 @@ class PPOArgs:
     """Learning rate of Adam."""
     anneal_lr: bool = True
     """Lower the learning rate linearly, to zero at the end of the run."""
-    gamma: float = 0.99
+    gamma: float = 0.999
     """Discount factor of the rewards."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.98
     """λ of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
     clip_coef: float = 0.2
     """ε of the surrogate objective: how far the probability ratio may leave 1."""

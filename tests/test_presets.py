@@ -1,0 +1,41 @@
+"""Presets are flags like others: they set defaults, and what is given beside them wins."""
+
+import pytest
+
+from rl.args import DecoupledArgs, FabricArgs, TorchArgs
+from rl.cli import parse
+from rl.presets import PRESETS
+
+
+def test_a_preset_sets_its_flags_and_leaves_the_others():
+    args = parse(TorchArgs, ["--preset", "lunar-lander"])
+    assert (args.env_id, args.num_steps, args.per_rank_batch_size) == ("LunarLander-v3", 2048, 128)
+    assert args.update_epochs == TorchArgs().update_epochs
+
+
+@pytest.mark.parametrize("argv", [["--preset=pendulum", "--gamma=0.5"], ["--gamma", "0.5", "--preset", "pendulum"]])
+def test_a_flag_beside_a_preset_wins_wherever_it_stands(argv):
+    args = parse(FabricArgs, argv)
+    assert (args.env_id, args.gamma, args.normalize_rewards) == ("Pendulum-v1", 0.5, True)
+
+
+def test_a_flag_equal_to_the_scripts_default_wins_over_a_preset_too():
+    default = TorchArgs().total_timesteps
+    assert PRESETS["lunar-lander"].flags["total_timesteps"] != default
+    assert parse(TorchArgs, ["--preset", "lunar-lander", "--total-timesteps", str(default)]).total_timesteps == default
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_trains_whole_updates_in_one_process_and_says_what_it_reaches(name, capsys):
+    args = parse(TorchArgs, ["--preset", name])
+    assert args.num_steps % args.num_envs == 0
+    assert args.num_updates >= 10
+    assert PRESETS[name].result in capsys.readouterr().err
+    assert "return" in PRESETS[name].result
+
+
+def test_a_preset_that_does_not_exist_ends_with_the_names_of_those_that_do(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(DecoupledArgs, ["--preset", "lunar-landing"])
+    assert ended.value.code != 0
+    assert "lunar-lander" in capsys.readouterr().err
