@@ -15,15 +15,20 @@ NORMALIZED = {"normalize_observations": True, "normalize_rewards": True}
 PRESETS = {
     "cartpole": Preset({"env_id": "CartPole-v1"}, ""),
     "acrobot": Preset(
-        {"env_id": "Acrobot-v1", "total_timesteps": 300_000, "num_envs": 8, "num_steps": 2048, "gamma": 0.99}
-        | NORMALIZED,
+        {
+            "env_id": "Acrobot-v1",
+            "total_timesteps": 300_000,
+            "num_envs": 8,
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+            "normalize_observations": True,
+        },
         "",
     ),
     "mountain-car-continuous": Preset(
         {
             "env_id": "MountainCarContinuous-v0",
             "total_timesteps": 100_000,
-            "num_envs": 4,
             "num_steps": 2048,
             "gamma": 0.9999,
             "gae_lambda": 0.9,
@@ -35,19 +40,16 @@ PRESETS = {
         {
             "env_id": "Pendulum-v1",
             "total_timesteps": 100_352,
-            "num_envs": 4,
-            "num_steps": 2048,
             "gamma": 0.9,
             "gae_lambda": 0.95,
-        }
-        | NORMALIZED,
+            "normalize_rewards": True,
+        },
         "",
     ),
     "lunar-lander": Preset(
         {
             "env_id": "LunarLander-v3",
             "total_timesteps": 500_000,
-            "num_envs": 4,
             "num_steps": 2048,
             "per_rank_batch_size": 128,
             "ortho_init": True,
@@ -58,7 +60,6 @@ PRESETS = {
         {
             "env_id": "LunarLanderContinuous-v3",
             "total_timesteps": 500_000,
-            "num_envs": 4,
             "num_steps": 2048,
             "per_rank_batch_size": 128,
             "ortho_init": True,
