@@ -19,8 +19,13 @@ from rl.minibatch import Batch
 
 GradientStep = Callable[[Batch, float], Tensor]
 
-# Of all that a graph was compiled for, only the shapes of tensors change during a run, so only they are checked.
-OPTIONS = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+OPTIONS = {
+    "cpp_wrapper": True,
+    "cpp_cache_precompile_headers": False,  # to look for them costs a second, and there is little to compile
+    "cpp.vec_isa_ok": True,  # what the processor can do is known; to try it would start a process that imports torch
+    # Of all that a graph was compiled for, only the shapes of tensors change during a run, so only they are checked.
+    "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+}
 
 # Elements. Each weight begins at an address that is aligned as if it were alone: the last bit of a matrix product
 # depends on that, and the player of the decoupled script, which compiles nothing, must act as a coupled script does.
@@ -62,7 +67,7 @@ def compile_gradient_step(
     exp_avg, exp_avg_sq, steps = (
         _flatten([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq", "step")
     )
-    learning_rate = torch.zeros((), dtype=torch.float64, device=weights.device)
+    learning_rate = torch.zeros(1, dtype=torch.float64, device=weights.device)  # a scalar would be traced twice
 
     def loss(weights: Tensor, minibatch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         pieces = zip(named.items(), weights.split(sizes), strict=True)
