@@ -10,6 +10,7 @@ the file of results lacks. The runs' folders stay in benchmarks/runs.
 """
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -92,6 +93,15 @@ CURVES = {  # what is drawn together
         "LunarLander, stable-baselines3",
         "LunarLander, stable-baselines3, our settings",
     ),
+}
+# Results of RL Baselines3 Zoo, benchmark.md, and the steps that they took, one seed each
+PUBLISHED = {
+    "CartPole-v1": "500 (100k)",
+    "Acrobot-v1": "-73.5 (1M)",
+    "Pendulum-v1": "-172 (100k)",
+    "LunarLander-v3": "242 (1M, LunarLander-v2)",
+    "LunarLanderContinuous-v3": "271 (1M, LunarLanderContinuous-v2)",
+    "BipedalWalker-v3": "288 (5M)",
 }
 
 
@@ -229,31 +239,36 @@ def interquartile_mean(values: Sequence[float]) -> tuple[float, float, float]:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """Print the statistics over the seeds, in Markdown."""
-    print("| | environment | seeds | steps | return: interquartile mean | 95 % interval | lowest | median | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| | environment | steps | seeds | interquartile mean | 95 % interval | median | lowest | published | seconds |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, entry in ENTRIES.items():
         rows = [result for result in results if result["entry"] == name]
         if not rows:
             continue
         returns = [row["mean_return"] for row in rows]
         mean, low, high = interquartile_mean(returns)
-        cells = (name, entry.env_id, len(rows), f"{rows[0]['steps']:,}", f"{mean:.1f}", f"{low:.1f} to {high:.1f}")
-        seconds = f"{median(row['seconds'] for row in rows):.0f}"
-        print("|", " | ".join(map(str, cells)), f"| {min(returns):.1f} | {median(returns):.1f} | {seconds} |")
+        cells = [name, entry.env_id, f"{rows[0]['steps']:,}", len(rows), f"{mean:.1f}", f"{low:.1f} to {high:.1f}"]
+        cells += [f"{median(returns):.1f}", f"{min(returns):.1f}", PUBLISHED.get(entry.env_id, "")]
+        print("|", *(f"{cell} |" for cell in cells), f"{median(row['seconds'] for row in rows):.0f} |")
     print()
-    print("| seconds until 100 training episodes give the threshold | by seed | median | ratio |")
-    print("| --- | --- | --- | --- |")
+    print("| seconds until 100 training episodes reach the threshold | threshold | by seed | median | ratio |")
+    print("| --- | --- | --- | --- | --- |")
     for env_id, names in CURVES.items():
         first = None
         for name in names:
             rows = sorted((result for result in results if result["entry"] == name), key=lambda row: row["seed"])
             if not rows:
                 continue
-            seconds = [row["solved"][1] if row["solved"] else float("inf") for row in rows]
+            seconds = [row["solved"][1] if row["solved"] else math.inf for row in rows]
             first = first or median(seconds)
-            threshold = f"{name}, {gym.spec(env_id).reward_threshold:g}"
-            print(f"| {threshold} |", *(f"{s:.0f}" for s in seconds), f"| {median(seconds):.0f} |", end="")
-            print(f" {median(seconds) / first:.1f} |")
+            cells = [name, f"{gym.spec(env_id).reward_threshold:g}", ", ".join(map(_seconds, seconds))]
+            print("|", *(f"{cell} |" for cell in [*cells, _seconds(median(seconds)), f"{median(seconds) / first:.1f}"]))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f}" if math.isfinite(seconds) else "never"
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
