@@ -83,10 +83,11 @@ PRESETS = {
     "car-racing": Preset(
         {
             "env_id": "CarRacing-v3",
-            "total_timesteps": 200_000,
+            "total_timesteps": 100_352,
             "num_envs": 8,
             "num_steps": 2048,
             "per_rank_batch_size": 128,
+            "update_epochs": 3,
             "hidden_sizes": (256,),
             "gamma": 0.99,
             "gae_lambda": 0.95,
