@@ -264,7 +264,9 @@ def print_table(results: list[dict[str, Any]]) -> None:
             seconds = [row["solved"][1] if row["solved"] else math.inf for row in rows]
             first = first or median(seconds)
             cells = [name, f"{gym.spec(env_id).reward_threshold:g}", ", ".join(map(_seconds, seconds))]
-            print("|", *(f"{cell} |" for cell in [*cells, _seconds(median(seconds)), f"{median(seconds) / first:.1f}"]))
+            ratio = median(seconds) / first
+            cells += [_seconds(median(seconds)), f"{ratio:.1f}" if math.isfinite(ratio) else ""]
+            print("|", *(f"{cell} |" for cell in cells))
 
 
 def _seconds(seconds: float) -> str:

@@ -13,7 +13,9 @@ class Preset(NamedTuple):
 NORMALIZED = {"normalize_observations": True, "normalize_rewards": True}
 
 PRESETS = {
-    "cartpole": Preset({"env_id": "CartPole-v1"}, ""),
+    "cartpole": Preset(
+        {"env_id": "CartPole-v1"}, "a return of 500.0 after 98,304 steps (interquartile mean of 6 seeds)"
+    ),
     "acrobot": Preset(
         {
             "env_id": "Acrobot-v1",
@@ -23,7 +25,7 @@ PRESETS = {
             "gae_lambda": 0.95,
             "normalize_observations": True,
         },
-        "",
+        "a return of -75.5 after 299,008 steps (interquartile mean of 6 seeds)",
     ),
     "mountain-car-continuous": Preset(
         {
@@ -34,7 +36,7 @@ PRESETS = {
             "gae_lambda": 0.9,
         }
         | NORMALIZED,
-        "",
+        "a return of 23.7 after 98,304 steps (interquartile mean of 6 seeds)",
     ),
     "pendulum": Preset(
         {
@@ -44,7 +46,7 @@ PRESETS = {
             "gae_lambda": 0.95,
             "normalize_rewards": True,
         },
-        "",
+        "a return of -169.6 after 100,352 steps (interquartile mean of 6 seeds)",
     ),
     "lunar-lander": Preset(
         {
@@ -54,7 +56,7 @@ PRESETS = {
             "per_rank_batch_size": 128,
             "ortho_init": True,
         },
-        "",
+        "a return of 278.3 after 499,712 steps (interquartile mean of 6 seeds)",
     ),
     "lunar-lander-continuous": Preset(
         {
@@ -64,7 +66,7 @@ PRESETS = {
             "per_rank_batch_size": 128,
             "ortho_init": True,
         },
-        "",
+        "a return of 267.9 after 499,712 steps (interquartile mean of 6 seeds)",
     ),
     "bipedal-walker": Preset(
         {
@@ -78,22 +80,6 @@ PRESETS = {
             "ortho_init": True,
         }
         | NORMALIZED,
-        "",
-    ),
-    "car-racing": Preset(
-        {
-            "env_id": "CarRacing-v3",
-            "total_timesteps": 100_352,
-            "num_envs": 8,
-            "num_steps": 2048,
-            "per_rank_batch_size": 128,
-            "update_epochs": 3,
-            "hidden_sizes": (256,),
-            "gamma": 0.99,
-            "gae_lambda": 0.95,
-            "learning_rate": 3e-4,
-            "normalize_rewards": True,
-        },
-        "",
+        "a return of 291.6 after 999,424 steps (one seed)",
     ),
 }
