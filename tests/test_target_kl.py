@@ -69,7 +69,7 @@ def test_the_statistics_of_rewards_are_those_of_all_that_both_ranks_have_earned(
     for rank in kept:
         standing = np.zeros(2)
         for rewards, dones in zip(torch.cat(rank["rewards"]).numpy(), torch.cat(rank["dones"]).numpy(), strict=True):
-            standing = 0.99 * standing + rewards
+            standing = TorchArgs().gamma * standing + rewards
             sums.append(standing)
             standing = np.where(dones, 0, standing)
     expected = [np.size(sums), np.sum(sums), np.square(sums).sum()]
