@@ -85,14 +85,14 @@ ENTRIES = {name: _preset(name) for name in PRESETS} | {
     "LunarLander, stable-baselines3": _stable_baselines3("LunarLander-v3", "published"),
     "LunarLander, stable-baselines3, our settings": _stable_baselines3("LunarLander-v3", "ours"),
 }
-CURVES = {  # what is drawn together
-    "CartPole-v1": ("cartpole", "CartPole, stable-baselines3"),
-    "LunarLander-v3": (
-        "lunar-lander",
-        "LunarLander, --overlap",
-        "LunarLander, stable-baselines3",
-        "LunarLander, stable-baselines3, our settings",
-    ),
+CURVES = {  # what is drawn together, and in which colour
+    "CartPole-v1": {"cartpole": "tab:blue", "CartPole, stable-baselines3": "0.45"},
+    "LunarLander-v3": {
+        "lunar-lander": "tab:blue",
+        "LunarLander, --overlap": "tab:cyan",
+        "LunarLander, stable-baselines3": "0.45",
+        "LunarLander, stable-baselines3, our settings": "tab:orange",
+    },
 }
 # Results of RL Baselines3 Zoo, benchmark.md, and the steps that they took, one seed each
 PUBLISHED = {
@@ -285,7 +285,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     for row, (env_id, names) in zip(axes, CURVES.items(), strict=True):
         for column, unit in enumerate(("environment steps", "seconds, start and compilation included")):
             axis = row[column]
-            for name, color in zip(names, ("tab:blue", "tab:cyan", "0.45", "tab:orange"), strict=False):
+            for name, color in names.items():
                 curves = [np.array(result["curve"]) for result in results if result["entry"] == name]
                 if not curves:
                     continue
