@@ -52,8 +52,8 @@ class Entry(NamedTuple):
     processes: int = 1
 
 
-def _preset(name: str, script: str = "train_torch.py", *flags: str) -> Entry:
-    return Entry(PRESETS[name].flags["env_id"], [sys.executable, script, "--preset", name, *flags])
+def _preset(name: str) -> Entry:
+    return Entry(PRESETS[name].flags["env_id"], [sys.executable, "train_torch.py", "--preset", name])
 
 
 def _stable_baselines3(env_id: str, settings: str) -> Entry:
@@ -256,11 +256,12 @@ def print_table(results: list[dict[str, Any]]) -> None:
     print("| seconds until 100 training episodes reach the threshold | threshold | by seed | median | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for env_id, names in CURVES.items():
+        runs = {name: {row["seed"]: row for row in results if row["entry"] == name} for name in names}
+        runs = {name: by_seed for name, by_seed in runs.items() if by_seed}
+        seeds = sorted(set.intersection(*map(set, runs.values()))) if runs else []  # those that all have
         first = None
-        for name in names:
-            rows = sorted((result for result in results if result["entry"] == name), key=lambda row: row["seed"])
-            if not rows:
-                continue
+        for name in runs if seeds else ():
+            rows = [runs[name][seed] for seed in seeds]
             seconds = [row["solved"][1] if row["solved"] else math.inf for row in rows]
             first = first or median(seconds)
             cells = [name, f"{gym.spec(env_id).reward_threshold:g}", ", ".join(map(_seconds, seconds))]
