@@ -127,7 +127,9 @@ def main(args: FabricArgs) -> None:
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
         # Rollout: T steps in each environment.
-        noise = draw_action_noise(agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update)
+        noise = draw_action_noise(
+            agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update, args.noise_correlation
+        )
         rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
 
         # Normalise: statistics over all ranks; those of the observations count from the next rollout on.

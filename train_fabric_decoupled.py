@@ -134,7 +134,12 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
         # Rollout: T steps in each environment.
         noise = draw_action_noise(
-            agent.distribution, args.rollout_length(world_size=1), range(args.num_envs), args.seed, update
+            agent.distribution,
+            args.rollout_length(world_size=1),
+            range(args.num_envs),
+            args.seed,
+            update,
+            args.noise_correlation,
         )
         rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
 

@@ -131,6 +131,8 @@ class PPOArgs:
     """Normalise the advantages of each update over all ranks."""
     target_kl: float | None = None
     """End an update after the epoch in which the approximate KL divergence, over all ranks, exceeds this."""
+    noise_correlation: float = 0.0
+    """Correlation of a continuous action's noise with that of the step before: noise that lasts explores further."""
 
 
 @dataclass
@@ -156,6 +158,7 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             (("target_kl",), lambda x: x is None or 0 < x < math.inf, "a finite number above 0"),
             (("seed",), lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
+            (("noise_correlation",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
             (
                 ("learning_rate", "clip_coef", "max_grad_norm", "timeout"),
                 lambda x: 0 < x < math.inf,

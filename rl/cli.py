@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from gymnasium.spaces import Box
 
 from rl.args import CommonArgs
 from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
@@ -69,6 +70,8 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         observation_space, action_space = read_spaces(args)
         if args.normalize_observations and is_image(observation_space):
             raise ValueError(f"--normalize-observations: the observations of {args.env_id} are images, scaled already")
+        if args.noise_correlation and not isinstance(action_space, Box):
+            raise ValueError(f"--noise-correlation is for continuous actions, {args.env_id} takes {action_space}")
         check_backend(args, observation_space, action_space)
         if args.capture_video:
             check_video(args)

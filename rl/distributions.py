@@ -191,9 +191,18 @@ class Distribution(Protocol):
 
 
 def draw_action_noise(
-    distribution: Distribution, num_steps: int, env_indices: Sequence[int], seed: int, update: int
+    distribution: Distribution,
+    num_steps: int,
+    env_indices: Sequence[int],
+    seed: int,
+    update: int,
+    correlation: float = 0.0,
 ) -> Tensor:
     """Draw the action noise of a rollout, float32 [T, N, ...].
+
+    Normal noise may last: ε_t = ρ ε_{t-1} + √(1 - ρ²) ξ_t is standard normal in every step, as ξ_t is, and so each
+    action is distributed as before. But pushes of one direction follow each other, where independent ones would cancel
+    out (Hollenstein et al. 2024, "Colored Noise in PPO").
 
     Args:
         distribution: of the actions.
@@ -201,6 +210,11 @@ def draw_action_noise(
         env_indices: the N environments' indices among those of all processes.
         seed: seed of the run.
         update: the update that the rollout is for.
+        correlation: ρ, of a step's noise with that of the step before; only for normal noise.
     """
     streams = (stream(seed, Purpose.ACTION, index, update) for index in env_indices)
-    return torch.from_numpy(np.stack([distribution.draw_noise(rng, num_steps) for rng in streams], axis=1))
+    noise = np.stack([distribution.draw_noise(rng, num_steps) for rng in streams], axis=1)
+    if correlation:
+        for t in range(1, num_steps):
+            noise[t] = correlation * noise[t - 1] + math.sqrt(1 - correlation**2) * noise[t]
+    return torch.from_numpy(noise)

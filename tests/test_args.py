@@ -37,6 +37,7 @@ BOUNDS = {
     "seed": ("between 0 and 2**32 - 1", [-1, HUGE], [0, HUGE - 1]),
     "gamma": ("between 0 and 1", [-0.1, 1.1, NAN], [0.0, 1.0]),
     "gae_lambda": ("between 0 and 1", [-0.1, 1.1, NAN], [0.0, 1.0]),
+    "noise_correlation": ("at least 0 and below 1", [-0.1, 1.0, NAN], [0.0, 0.99]),
     "learning_rate": ("a finite number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
     "clip_coef": ("a finite number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
     "max_grad_norm": ("a finite number above 0", [0.0, -1.0, INF, NAN], [1e-9]),
@@ -243,6 +244,10 @@ def test_a_misspelled_flag_is_refused_with_the_right_one(capsys):
         (
             ["--env-id", "CarRacing-v3", "--normalize-observations"],
             "error: --normalize-observations: the observations of CarRacing-v3 are images, scaled already",
+        ),
+        (
+            ["--noise-correlation", "0.5"],
+            "error: --noise-correlation is for continuous actions, CartPole-v1 takes Discrete(2)",
         ),
     ],
 )

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Discrete
+from gymnasium.spaces import Box, Discrete
 
-from rl.distributions import Categorical, draw_action_noise
+from rl.distributions import Categorical, DiagonalGaussian, draw_action_noise
 
 LOGITS = torch.tensor([[0.0, 0.0, 0.0], [2.0, -1.0, 0.5], [-5.0, 3.0, 3.0]])
 
@@ -65,3 +65,17 @@ def test_the_noise_differs_over_environments_updates_seeds_and_steps():
         draw_action_noise(Categorical(Discrete(2)), 5, range(3), seed, update) for seed in (0, 1) for update in (1, 2)
     ]
     assert torch.stack(noises).unique().numel() == 2 * 2 * 5 * 3 * 2
+
+
+def test_correlated_noise_is_standard_normal_and_a_lag_of_k_steps_correlates_with_the_kth_power():
+    distribution = DiagonalGaussian(Box(-1, 1, (2,)))
+    noise = draw_action_noise(distribution, 200_000, range(2), seed=0, update=1, correlation=0.9).double()
+    # An autoregressive mean has the deviation of one of (1 - ρ) / (1 + ρ) as many independent numbers.
+    bound = 5 * math.sqrt((1 + 0.9) / (1 - 0.9) / len(noise))
+    torch.testing.assert_close(noise.mean(0), torch.zeros(2, 2, dtype=torch.float64), atol=bound, rtol=0)
+    torch.testing.assert_close(noise.square().mean(0), torch.ones(2, 2, dtype=torch.float64), atol=2 * bound, rtol=0)
+    for lag in (1, 2, 5):
+        correlation = (noise[lag:] * noise[:-lag]).mean(0)
+        torch.testing.assert_close(correlation, torch.full_like(correlation, 0.9**lag), atol=2 * bound, rtol=0)
+    apart = (noise[..., 0] * noise[..., 1]).mean(0)  # the entries of an action do not correlate
+    torch.testing.assert_close(apart, torch.zeros_like(apart), atol=2 * bound, rtol=0)
