@@ -36,7 +36,7 @@ from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
 from rl.peers import join
-from rl.placement import place
+from rl.placement import keep_to_own_cores, place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
 from rl.run_folder import choose_run_folder, hyperparameter_table
@@ -45,13 +45,14 @@ from rl.seeding import Purpose, stream_seed
 
 def main(args: FabricArgs) -> None:
     """Train an agent, then test it."""
-    # Launch: fabric run tells each process its rank. One thread each, so that processes do not fight for the cores.
+    # Launch: fabric run tells each process its rank. One thread each, on its own cores, so that none is in the way.
     torch.set_num_threads(1)
     ranks = read_ranks()
     rank, world_size = ranks.rank, ranks.world_size
     accelerator, devices = os.environ.get("LT_ACCELERATOR", "cpu"), os.environ.get("LT_DEVICES", 1)
     device, backend = place(accelerator != "cpu" and torch.cuda.is_available(), ranks)
     join(ranks, backend, args.timeout, device)
+    keep_to_own_cores(ranks)
 
     # Checkpoint to go on from, if any
     checkpoint = shared_checkpoint(args, device)

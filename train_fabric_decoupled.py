@@ -54,7 +54,7 @@ from rl.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
 from rl.peers import join
-from rl.placement import place
+from rl.placement import keep_to_own_cores, place
 from rl.progress import Progress
 from rl.rollout import Episodes, collect_rollout
 from rl.run_folder import choose_run_folder, hyperparameter_table
@@ -81,6 +81,7 @@ def main(args: DecoupledArgs) -> None:
     device, backend = place(args.cuda, ranks, processes_on_cpu=0 if args.player_on_gpu else 1)
     join(ranks, "gloo", args.timeout)
     channel = Channel(ranks.rank, ranks.world_size, backend, args.timeout)
+    keep_to_own_cores(ranks)
     if ranks.rank == PLAYER:
         player(args, channel, device)
     else:

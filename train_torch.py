@@ -36,7 +36,7 @@ from rl.metrics import name_means, sum_episodes, sum_losses
 from rl.minibatch import Batch, minibatches
 from rl.normalize import moments, normalize_advantages
 from rl.peers import join
-from rl.placement import place
+from rl.placement import keep_to_own_cores, place
 from rl.progress import Progress
 from rl.rollout import collect_rollout
 from rl.run_folder import choose_run_folder, hyperparameter_table
@@ -45,12 +45,13 @@ from rl.seeding import Purpose, stream_seed
 
 def main(args: TorchArgs) -> None:
     """Train an agent, then test it."""
-    # Launch: torchrun tells each process its rank. One thread each, so that processes do not fight for the cores.
+    # Launch: torchrun tells each process its rank. One thread each, on its own cores, so that none is in the way.
     torch.set_num_threads(1)
     ranks = read_ranks()
     rank, world_size = ranks.rank, ranks.world_size
     device, backend = place(args.cuda, ranks)
     join(ranks, backend, args.timeout, device)
+    keep_to_own_cores(ranks)
 
     # Checkpoint to go on from, if any
     checkpoint = shared_checkpoint(args, device)

@@ -27,7 +27,9 @@ from rl.args import TorchArgs
 from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
 from rl.envs import make_envs, read_spaces
+from rl.launch import read_ranks
 from rl.minibatch import Batch
+from rl.placement import keep_to_own_cores
 from rl.policy import make_policy
 
 REPEATS = 7
@@ -92,6 +94,7 @@ def main(options: Options) -> None:
     parts = {"environment": environment, "policy": policy_step, "gradient": gradient_step}
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
+        keep_to_own_cores(read_ranks())
         weights = torch.zeros(sum(parameter.numel() for parameter in agent.parameters()))
         # After a gradient step, because a process that waits meanwhile takes longer to wake than one that is busy.
         both = microseconds(lambda t: (step(minibatch, options.minibatch_size), dist.all_reduce(weights)))

@@ -19,7 +19,9 @@ from torch import Tensor
 from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.compiled import compile_gradient_step
+from rl.launch import read_ranks
 from rl.minibatch import Batch
+from rl.placement import keep_to_own_cores
 
 REPEATS = 7
 STEPS = 100
@@ -59,6 +61,7 @@ def main() -> None:
     """Print a table in Markdown."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    keep_to_own_cores(read_ranks())
     is_first = dist.get_rank() == 0
     if is_first:
         print("| rows of the minibatch | units of each layer | one process, µs | two, µs | one / two |")
