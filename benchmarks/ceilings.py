@@ -3,8 +3,9 @@
     python -m benchmarks.ceilings --env-id LunarLander-v3 --minibatch-size 64
 
 Prints a line of JSON: microseconds of a step of all environments (Gymnasium's or ours, whichever is faster), of a
-policy step for them, and of a compiled gradient step. Started by `torchrun` it measures all processes at once, and also
-an all-reduce of as many numbers as there are weights.
+policy step for them (actions, and with them log-probabilities and values, which cost least for a whole rollout at
+once), and of a compiled gradient step. Started by `torchrun` it measures all processes at once, and also an all-reduce
+of as many numbers as there are weights.
 """
 
 import json
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from benchmarks.rivals import NUM_ENVS
+from benchmarks.rivals import NUM_ENVS, ROLLOUT_LENGTH
 from rl.agent import Agent
 from rl.args import TorchArgs
 from rl.compiled import compile_gradient_step
@@ -82,7 +83,11 @@ def main(options: Options) -> None:
     policy = make_policy(agent)
     observations = np.zeros((options.num_envs, *observation_space.shape), dtype=np.float32)
     noise = draw_action_noise(agent.distribution, STEPS, range(options.num_envs), args.seed, 1).numpy()
-    policy_step = microseconds(lambda t: policy(observations, noise[t]))
+    rollout = torch.zeros(ROLLOUT_LENGTH, *observations.shape)
+    actions = agent.distribution.empty_actions(*rollout.shape[:2])
+    with torch.no_grad():
+        evaluation = microseconds(lambda t: agent(rollout, actions))
+    policy_step = microseconds(lambda t: policy(observations, noise[t])) + evaluation / ROLLOUT_LENGTH
 
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     zeros = Batch.zeros(options.minibatch_size, observation_space, agent.distribution)

@@ -51,7 +51,7 @@ class Checkpoints:
         agent: dict[str, Tensor],
         optimizer: Optimizer,
         scalars: dict[str, float],
-        environments: list[dict[str, Any]],
+        environments: list[Tensor],
         acting_weights: Tensor | None = None,
     ) -> None:
         """Keep the state after an update, and write it when it is time to.
@@ -61,7 +61,7 @@ class Checkpoints:
             agent: state dict of the plain network, normalisation included; it has the same keys in all scripts.
             optimizer: of its parameters.
             scalars: what was logged last.
-            environments: one state of each environment of all processes, see `environment_states`.
+            environments: the states of those of each process, see `environment_states`.
             acting_weights: those that act in the next rollout, where they are not the agent's, [P].
 
         Raises:
@@ -127,8 +127,8 @@ class Checkpoints:
 
 def environment_states(
     envs: ReplayableEnvs, observations: np.ndarray, agent: Agent, gather: Callable[[Tensor], Tensor] | None
-) -> list[dict[str, Any]]:
-    """Return the states of the environments of all processes; call it on all of them.
+) -> list[Tensor]:
+    """Return the states of the environments of each process, as bytes, uint8; call it on all of them.
 
     Args:
         envs: of this process.
@@ -141,20 +141,17 @@ def environment_states(
         state | {"discounted_sum": float(discounted_sum)}
         for state, discounted_sum in zip(envs.state(observations), sums, strict=True)
     ]
-    if gather is None:
-        return states
-    # Episodes differ in length, so what is gathered is bytes, padded to the longest.
     file = io.BytesIO()
     torch.save(states, file)
+    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    if gather is None:
+        return [packed]
+    # Episodes differ in length, so what is gathered is padded to the longest.
     device = next(agent.parameters()).device
-    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8).to(device)
     sizes = gather(torch.tensor([len(packed)], device=device)).tolist()
-    padded = packed.new_zeros(1, max(sizes))
+    padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=device)
     padded[0, : len(packed)] = packed
-    rows = zip(gather(padded).cpu(), sizes, strict=True)
-    return [
-        state for row, size in rows for state in torch.load(io.BytesIO(row[:size].numpy().tobytes()), weights_only=True)
-    ]
+    return [row[:size].clone() for row, size in zip(gather(padded).cpu(), sizes, strict=True)]
 
 
 def restore(
@@ -174,7 +171,9 @@ def restore(
     """
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    states = checkpoint["environments"][first_env : first_env + envs.num_envs]
+    packed = (io.BytesIO(states.numpy().tobytes()) for states in checkpoint["environments"])
+    states = [state for file in packed for state in torch.load(file, weights_only=True)]
+    states = states[first_env : first_env + envs.num_envs]
     _discounted_sums(agent, envs)[:] = [state["discounted_sum"] for state in states]
     try:
         return envs.restore(states)

@@ -138,9 +138,10 @@ def _resumed(
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} cannot change when a run is resumed: it is {getattr(before, name)!r}")
     environments = args.num_envs * args.env_processes(world_size)
-    if environments != len(checkpoint["environments"]):
+    environments_before = before.num_envs * before.env_processes(checkpoint["world_size"])
+    if environments != environments_before:
         raise ValueError(
-            f"the run has {len(checkpoint['environments'])} environments in all, not {environments}: "
+            f"the run has {environments_before} environments in all, not {environments}: "
             "choose the number of processes and --num-envs accordingly"
         )
     if restarted:
