@@ -1,6 +1,7 @@
 """Checkpoints: what a run leaves behind to be tested, compared or continued."""
 
 import io
+import json
 import os
 import warnings
 import zipfile
@@ -141,9 +142,7 @@ def environment_states(
         state | {"discounted_sum": float(discounted_sum)}
         for state, discounted_sum in zip(envs.state(observations), sums, strict=True)
     ]
-    file = io.BytesIO()
-    torch.save(states, file)
-    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    packed = _pack(states)
     if gather is None:
         return [packed]
     # Episodes differ in length, so what is gathered is padded to the longest.
@@ -171,14 +170,40 @@ def restore(
     """
     agent.load_state_dict(checkpoint["agent"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    packed = (io.BytesIO(states.numpy().tobytes()) for states in checkpoint["environments"])
-    states = [state for file in packed for state in torch.load(file, weights_only=True)]
+    states = [state for packed in checkpoint["environments"] for state in _unpack(packed)]
     states = states[first_env : first_env + envs.num_envs]
     _discounted_sums(agent, envs)[:] = [state["discounted_sum"] for state in states]
     try:
         return envs.restore(states)
     except ValueError as error:
         raise RunError(f"the run cannot be resumed: {error}") from None
+
+
+def _pack(states: list[dict[str, Any]]) -> Tensor:
+    """Return states as bytes, uint8: a line of JSON, then the arrays; in a fraction of the time that pickling takes."""
+    arrays: list[bytes] = []
+
+    def describe(array: np.ndarray) -> dict[str, Any]:
+        arrays.append(array.tobytes())
+        return {"dtype": array.dtype.str, "shape": array.shape}
+
+    line = json.dumps(states, default=describe).encode()
+    return torch.frombuffer(bytearray(b"\n".join([line, b"".join(arrays)])), dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor) -> list[dict[str, Any]]:
+    """Return what was packed."""
+    line, _, arrays = packed.numpy().tobytes().partition(b"\n")
+    file = io.BytesIO(arrays)
+
+    def read(value: dict[str, Any]) -> Any:
+        if value.keys() != {"dtype", "shape"}:
+            return value
+        array = np.empty(value["shape"], value["dtype"])
+        file.readinto(array.data)
+        return array
+
+    return json.loads(line, object_hook=read)
 
 
 def _discounted_sums(agent: Agent, envs: ReplayableEnvs) -> np.ndarray:

@@ -133,21 +133,15 @@ class ReplayableEnvs(SyncVectorEnv):
         return {"final_obs": finals, "_final_obs": ended, "episode": statistics, "_episode": ended}
 
     def state(self, observations: np.ndarray) -> list[dict[str, Any]]:
-        """Return what each environment needs to be put back: tensors and plain values only.
+        """Return what each environment needs to be put back: arrays, which hold until the next step, and plain values.
 
         Args:
             observations: [N, *shape], where the environments are; a replay must lead there.
         """
-        import torch  # here, so that `--help` need not wait for it
-
-        oldest = self.first.min()
-        # Copied as a whole: a file holds tensors that are parts of the same one in one piece, and so is quick to write.
-        actions = torch.from_numpy(self.actions[oldest : self.num_steps].copy())
-        observations = torch.tensor(observations)
         return [
             {
                 "start": env.start,
-                "actions": actions[self.first[index] - oldest :, index],
+                "actions": self.actions[self.first[index] : self.num_steps, index],
                 "observation": observations[index],
                 "episode_return": float(self.episode_returns[index]),
                 "episode_length": int(self.episode_lengths[index]),
@@ -167,7 +161,7 @@ class ReplayableEnvs(SyncVectorEnv):
         self._keep(actions, lengths.max() - lengths)
         for index, (env, state) in enumerate(zip(self.envs, states, strict=True)):
             self.actions[self.first[index] : self.num_steps, index] = state["actions"]
-            observation = np.asarray(env.replay(state["start"], state["actions"].numpy()))
+            observation = np.asarray(env.replay(state["start"], state["actions"]))
             self.observations[index] = state["observation"]
             if not np.array_equal(observation.astype(self.observations.dtype), self.observations[index]):
                 raise ValueError(f"environment {index} does not repeat its episode: it is not deterministic")
