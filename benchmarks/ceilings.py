@@ -1,11 +1,11 @@
 """What no program can be faster than: the parts of an update alone, each in a tight loop.
 
-    python -m benchmarks.ceilings --env-id LunarLander-v3 --minibatch-size 64
+    python -m benchmarks.ceilings --env-id LunarLander-v3 --minibatch-size 64 --gradient-steps 320
 
-Prints a line of JSON: microseconds of a step of all environments (Gymnasium's or ours, whichever is faster), of a
-policy step for them (actions, and with them log-probabilities and values, which cost least for a whole rollout at
-once), and of a compiled gradient step. Started by `torchrun` it measures all processes at once, and also an all-reduce
-of as many numbers as there are weights.
+Prints a line of JSON: microseconds of an update's steps of all environments (Gymnasium's or ours, whichever is faster),
+of its policy steps for them (actions, and with them log-probabilities and values, which cost least for a whole rollout
+at once), and of its compiled gradient steps. Started by `torchrun` it measures all processes at once, and also an
+all-reduce of as many numbers as there are weights after each gradient step.
 """
 
 import json
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from benchmarks.rivals import NUM_ENVS, ROLLOUT_LENGTH
 from rl.agent import Agent
@@ -33,8 +33,7 @@ from rl.minibatch import Batch
 from rl.placement import keep_to_own_cores
 from rl.policy import make_policy
 
-REPEATS = 7
-STEPS = 300
+ROUNDS = 40
 
 
 @dataclass
@@ -45,28 +44,10 @@ class Options:
     """Gymnasium id of the environment."""
     minibatch_size: int = 64
     """Rows of a minibatch."""
+    gradient_steps: int = 320
+    """Gradient steps of an update."""
     num_envs: int = NUM_ENVS
     """Environments."""
-
-
-def microseconds(step: Callable[[int], object]) -> float:
-    """Return how long a call takes: the median over repeats of the mean over STEPS calls."""
-    means = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for t in range(STEPS):
-            step(t)
-        means.append((time.perf_counter() - start) / STEPS * 1e6)
-    return median(means)
-
-
-def environment_step(envs: VectorEnv) -> float:
-    """Return the microseconds of a step of all environments with random actions."""
-    envs.reset(seed=1)
-    actions = np.random.default_rng(1).integers(envs.single_action_space.n, size=(STEPS, envs.num_envs))
-    result = microseconds(lambda t: envs.step(actions[t]))
-    envs.close()
-    return result
 
 
 def main(options: Options) -> None:
@@ -76,37 +57,64 @@ def main(options: Options) -> None:
     gymnasiums = SyncVectorEnv(
         [lambda: gym.make(args.env_id)] * options.num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP
     )
-    environment = min(environment_step(gymnasiums), environment_step(make_envs(args, options.num_envs)))
+    ours = make_envs(args, options.num_envs)
+    gymnasiums.reset(seed=1), ours.reset(seed=1)
+    random_actions = np.random.default_rng(1).integers(
+        gymnasiums.single_action_space.n, size=(ROLLOUT_LENGTH, options.num_envs)
+    )
 
     observation_space, action_space = read_spaces(args)
     agent = Agent(observation_space, action_space, args)
     policy = make_policy(agent)
     observations = np.zeros((options.num_envs, *observation_space.shape), dtype=np.float32)
-    noise = draw_action_noise(agent.distribution, STEPS, range(options.num_envs), args.seed, 1).numpy()
+    noise = draw_action_noise(agent.distribution, ROLLOUT_LENGTH, range(options.num_envs), args.seed, 1).numpy()
     rollout = torch.zeros(ROLLOUT_LENGTH, *observations.shape)
     actions = agent.distribution.empty_actions(*rollout.shape[:2])
-    with torch.no_grad():
-        evaluation = microseconds(lambda t: agent(rollout, actions))
-    policy_step = microseconds(lambda t: policy(observations, noise[t])) + evaluation / ROLLOUT_LENGTH
-
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     zeros = Batch.zeros(options.minibatch_size, observation_space, agent.distribution)
     minibatch = Batch(*(torch.randn_like(field) if field.is_floating_point() else field for field in zeros))
     step = compile_gradient_step(
         lambda minibatch, rows: minibatch.values, agent, optimizer, args, minibatch, lambda tensor: tensor, world_size=1
     )
-    gradient_step = microseconds(lambda t: step(minibatch, options.minibatch_size))
-    parts = {"environment": environment, "policy": policy_step, "gradient": gradient_step}
-    if "RANK" in os.environ:
+    parts: dict[str, tuple[Callable[[int], object], int]] = {  # and how often an update calls them
+        "gymnasium": (lambda t: gymnasiums.step(random_actions[t]), ROLLOUT_LENGTH),
+        "ours": (lambda t: ours.step(random_actions[t]), ROLLOUT_LENGTH),
+        "action": (lambda t: policy(observations, noise[t]), ROLLOUT_LENGTH),
+        "evaluation": (lambda _: agent(rollout, actions), 1),
+        "gradient": (lambda _: step(minibatch, options.minibatch_size), options.gradient_steps),
+    }
+    if distributed := "RANK" in os.environ:
         dist.init_process_group("gloo")
         keep_to_own_cores(read_ranks())
         weights = torch.zeros(sum(parameter.numel() for parameter in agent.parameters()))
         # After a gradient step, because a process that waits meanwhile takes longer to wake than one that is busy.
-        both = microseconds(lambda t: (step(minibatch, options.minibatch_size), dist.all_reduce(weights)))
-        parts["all_reduce"] = both - gradient_step
+        parts["gradient, all_reduce"] = (
+            lambda _: (step(minibatch, options.minibatch_size), dist.all_reduce(weights)),
+            options.gradient_steps,
+        )
+
+    # The parts take turns, so that what else the machine does befalls all alike.
+    means: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(ROUNDS):
+        for name, (call, calls) in parts.items():
+            if distributed:
+                dist.barrier()
+            start = time.perf_counter()
+            with torch.no_grad():
+                for t in range(calls):
+                    call(t)
+            means[name].append((time.perf_counter() - start) / calls * 1e6)
+    medians = {name: median(values) for name, values in means.items()}
+    printed = {
+        "environment": min(medians["gymnasium"], medians["ours"]),
+        "policy": medians["action"] + medians["evaluation"] / ROLLOUT_LENGTH,
+        "gradient": medians["gradient"],
+    }
+    if distributed:
+        printed["all_reduce"] = medians["gradient, all_reduce"] - medians["gradient"]
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(parts))
-    if "RANK" in os.environ:
+        print(json.dumps(printed))
+    if distributed:
         dist.destroy_process_group()
 
 

@@ -7,9 +7,9 @@ PYTHON is the interpreter of an environment that holds the library, FOLDER one t
 
 All do the same work: 8 environments, 2048 steps per update in all, networks of 64-64, one thread per process, and
 minibatches of 64 rows in 10 epochs (A) or of 256 rows in 4 epochs (B). Each repeat runs everything once, so that what
-else the machine does befalls all alike; ratios are those within a repeat, and medians over the repeats are shown.
-Imports, compilation and the first updates are left out of the speed. Every run is kept in a file of results, and a
-benchmark that was stopped goes on with it.
+else the machine does befalls all alike; the time of an update is the median of those of a run, ratios are those within
+a repeat, and medians over the repeats are shown. Imports, compilation and the first updates are left out of the speed.
+Every run is kept in a file of results, and a benchmark that was stopped goes on with it.
 """
 
 import json
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from benchmarks.rivals import NUM_ENVS, ROLLOUT_LENGTH, STEPS_PER_UPDATE
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 WARM_UP = 4  # updates that are left out
+LONGER = 4  # times as many updates of ours, so that they are measured about as long as the slower ones
 ENV_IDS = ("LunarLander-v3", "CartPole-v1")
 CONFIGS = {"A": (64, 10), "B": (256, 4)}  # rows of a minibatch, epochs
 OURS = {
@@ -65,7 +66,7 @@ class Options:
     repeats: int = 5
     """How often everything is run."""
     updates: int = 16
-    """Updates of each run; the first 4 are left out of the speed."""
+    """Updates of each library's run; ours take four times as many. The first 4 are left out of the speed."""
     stable_baselines3: Path | None = Path(sys.executable) if find_spec("stable_baselines3") else None
     """Interpreter that has stable-baselines3."""
     sheeprl: Path | None = None
@@ -145,19 +146,24 @@ def measures(times: list[float], memory: float) -> dict[str, float]:
         times: seconds from the start to the end of each update.
         memory: in megabytes.
     """
-    steps = (len(times) - WARM_UP) * STEPS_PER_UPDATE
-    seconds = times[-1] - times[WARM_UP - 1]
-    return {"steps_per_second": steps / seconds, "first_update": times[0], "memory": memory}
+    update = median(end - start for start, end in pairwise(times[WARM_UP - 1 :]))
+    return {"steps_per_second": STEPS_PER_UPDATE / update, "first_update": times[0], "memory": memory}
 
 
 def run_ceiling(processes: int, env_id: str, config: str) -> dict[str, float]:
     """Return the steps per second of which an update would be capable that consisted of its parts alone."""
     rows, epochs = CONFIGS[config]
     launcher = [sys.executable] if processes == 1 else [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"]
-    flags = [f"--env-id={env_id}", f"--minibatch-size={rows // processes}", f"--num-envs={NUM_ENVS // processes}"]
+    gradient_steps = epochs * STEPS_PER_UPDATE // rows
+    work = {
+        "env-id": env_id,
+        "num-envs": NUM_ENVS // processes,
+        "minibatch-size": rows // processes,
+        "gradient-steps": gradient_steps,
+    }
+    flags = [f"--{flag}={value}" for flag, value in work.items()]
     with tempfile.TemporaryDirectory() as folder:
         parts = json.loads(run([*launcher, "-m", "benchmarks.ceilings", *flags], Path(folder)).printed.splitlines()[-1])
-    gradient_steps = epochs * STEPS_PER_UPDATE // rows
     rollout = ROLLOUT_LENGTH * (parts["environment"] + parts["policy"])
     update = rollout + gradient_steps * (parts["gradient"] + parts.get("all_reduce", 0))
     return {"steps_per_second": STEPS_PER_UPDATE / update * 1e6, **parts}
@@ -177,7 +183,7 @@ def contestants(options: Options) -> dict[str, Callable[[str, str], dict[str, fl
                 name, python, *setting, options.updates, *flags
             )
     for name in OURS:
-        runs[name] = lambda *setting, name=name: run_ours(name, *setting, options.updates, "--compile")
+        runs[name] = lambda *setting, name=name: run_ours(name, *setting, LONGER * options.updates, "--compile")
     for name in STARTS:
         runs[f"{name} --no-compile"] = lambda *setting, name=name: run_ours(name, *setting, WARM_UP + 1, "--no-compile")
     runs["limit"] = partial(run_ceiling, 1)
