@@ -51,7 +51,7 @@ def main() -> None:
     print("| environment | µs per step more than Gymnasium's classes | % | checkpoint, kB | gather and write, ms |")
     print("|" + " --- |" * 5)
     for env_id in ENV_IDS:
-        args = CommonArgs(env_id=env_id, num_envs=8)
+        args = CommonArgs(env_id=env_id, num_envs=8, total_timesteps=REPEATS * CommonArgs.num_steps)
         envs, plain = make_envs(args, args.num_envs), forgetful_envs(args)
         envs.action_space.seed(0)
         actions = np.array([envs.action_space.sample() for _ in range(STEPS)])

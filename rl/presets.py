@@ -83,4 +83,21 @@ PRESETS = {
         | NORMALIZED,
         "a return of 267.7 after 999,424 steps (interquartile mean of 2 seeds)",
     ),
+    "car-racing": Preset(
+        {
+            "env_id": "CarRacing-v3",
+            "total_timesteps": 150_528,
+            "num_envs": 8,
+            "update_epochs": 4,
+            "per_rank_batch_size": 128,
+            "hidden_sizes": (256,),
+            "learning_rate": 5e-4,
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+            "noise_correlation": 0.9,
+            "ortho_init": True,
+            "normalize_rewards": True,
+        },
+        "a return of 399.7 after 150,528 steps (interquartile mean of 2 seeds)",
+    ),
 }
