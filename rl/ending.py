@@ -39,8 +39,8 @@ _resumable: Path | None = None
 _given_up: set[str] = set()
 
 
-def run(main: Callable[[Args], None], args: Args) -> None:
-    """Run the main function of a script to its end, or end the process with a line that says why not.
+def run(main: Callable[[Args], None], args: Args) -> NoReturn:
+    """Run the main function of a script and end the process; if it fails, with a line that says why.
 
     Whatever ends it, what was registered with `at_end` is done.
     """
@@ -57,6 +57,7 @@ def run(main: Callable[[Args], None], args: Args) -> None:
     if (peers := known_peers()) is not None:
         peers.say_goodbye()
     leave()
+    _exit_at_once(0)
 
 
 def at_end(close: Callable[[], object]) -> None:
@@ -154,9 +155,14 @@ def _end(error: BaseException) -> NoReturn:
     if peers is not None:
         peers.say_goodbye()
     _close()
+    _exit_at_once(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End this process without taking down the interpreter: that lasts seconds, and a broken group could hold it up."""
     sys.stdout.flush()
     sys.stderr.flush()
-    _exit(code)  # at once: a process group whose members are gone cannot be left in order
+    _exit(code)
 
 
 def _explain(error: BaseException) -> tuple[str | None, int]:

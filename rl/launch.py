@@ -90,10 +90,11 @@ def leave() -> None:
     """Leave the process group; call it after `main` has returned.
 
     A DistributedDataParallel module that is still alive holds the group's threads, and the interpreter may then
-    abort at its exit. So garbage (a Fabric module sits in reference cycles) is collected first.
+    abort at its exit. So garbage (such a module sits in reference cycles) is collected first.
     """
     import torch.distributed as dist  # here, so that `--help` need not wait for torch
 
+    gc.unfreeze()  # what was there before the first update, too
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

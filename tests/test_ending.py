@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -19,8 +20,9 @@ import torch
 from rl.agent import Agent
 from rl.args import TorchArgs
 from rl.distributions import draw_action_noise
+from rl.ending import updates
 from rl.envs import make_envs, read_spaces, reset_envs
-from rl.launch import RunError
+from rl.launch import RunError, leave
 from rl.rollout import collect_rollout
 from tests.faulty_env import FaultyEnv
 from tests.launching import ROOT, Running, assert_no_process_is_left, fabric_run, python, run, run_folders, torchrun
@@ -332,6 +334,19 @@ def test_a_run_survives_what_happens_to_its_files_in_the_meantime(finished, name
     assert launch.error_lines == []
     assert "Traceback" not in launch.output
     assert newest_checkpoint(launch.cwd)["update"] == UPDATES
+
+
+def test_what_was_there_before_the_first_update_is_let_go_when_the_process_leaves():
+    class Module:
+        """Sits in a reference cycle, as DistributedDataParallel does."""
+
+    module = Module()
+    module.itself = module
+    alive = weakref.ref(module)
+    next(updates(0, 1))
+    del module
+    leave()
+    assert alive() is None
 
 
 @pytest.mark.parametrize(("name", "undisturbed"), [("a restart", "undisturbed, 2 processes")])
