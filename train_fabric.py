@@ -22,7 +22,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rl.agreement import check_agreement, weights_checksum
-from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
+from rl.checkpoint import Checkpoints, restore, shared_checkpoint
 from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
 from rl.ending import at_end, give_up, run, updates
@@ -33,7 +33,7 @@ from rl.launch import read_ranks
 from rl.lightning_agent import LightningAgent
 from rl.loss import Losses
 from rl.metrics import name_means, sum_episodes, sum_losses
-from rl.minibatch import Batch, minibatches
+from rl.minibatch import Batch, minibatch_sizes, minibatches
 from rl.normalize import moments, normalize_advantages
 from rl.peers import join
 from rl.placement import keep_to_own_cores, place
@@ -57,20 +57,20 @@ def main(args: FabricArgs) -> None:
     # Checkpoint to go on from, if any
     checkpoint = shared_checkpoint(args, device)
     done = checkpoint["update"] if checkpoint else 0
+    steps = args.steps_per_update(world_size)  # of all environments together
 
     # Log: only rank 0 writes.
     run_folder = choose_run_folder(args)
-    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * steps)
     if rank == 0:
         at_end(lambda: logger.finalize("success"))
         logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
-    progress = Progress(args, enabled=rank == 0, done=done)
-    checkpoints = Checkpoints(run_folder, args)
+    progress = Progress(args, steps, enabled=rank == 0, done=done)
     fabric = Fabric(accelerator=accelerator, devices=devices, loggers=logger)
 
     def log(scalars: dict[str, float], update: int) -> None:
         with give_up("the log"):
-            fabric.log_dict(scalars, update * args.num_steps)
+            fabric.log_dict(scalars, update * steps)
             logger.save()
 
     # Exchange: sums over all ranks, and the rows of all ranks one after the other.
@@ -80,13 +80,6 @@ def main(args: FabricArgs) -> None:
     def gather(rows: Tensor) -> Tensor:
         return fabric.all_gather(rows).reshape(-1, *rows.shape[1:])
 
-    # Environments: all different, over ranks and within a rank. The first of all is recorded.
-    env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
-    record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
-    envs = make_envs(args, args.num_envs, record)
-    at_end(envs.close)
-    observations = reset_envs(envs, args.seed, env_indices[0])
-
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
     observation_space, action_space = read_spaces(args)
@@ -95,6 +88,14 @@ def main(args: FabricArgs) -> None:
     # Optimizer
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     fabric_agent, optimizer = fabric.setup(agent, optimizer)
+
+    # Environments: all different, over ranks and within a rank. The first of all is recorded.
+    env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
+    record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
+    envs = make_envs(args, args.num_envs, record)
+    at_end(envs.close)
+    observations = reset_envs(envs, args.seed, env_indices[0])
+    checkpoints = Checkpoints(run_folder, args, envs, gather if world_size > 1 else None, done)
 
     # Resume: agent, optimizer and environments go back to where the checkpoint found them.
     scalars: dict[str, float] = {}
@@ -116,10 +117,13 @@ def main(args: FabricArgs) -> None:
         optimizer.step()
         return torch.stack(losses).detach()
 
-    if args.compiles(world_size):  # the same, several times faster: in one graph, or two around one message
-        minibatch = Batch.zeros(args.minibatch_rows(world_size), observation_space, agent.distribution).to(device)
+    # A compiled graph stands in for it in a long run. It proves at once, and now and then, that it does the same; what
+    # is shown above is called for the proof alone, unless the proof fails.
+    if args.compiles(steps, world_size):
+        sizes = {ranks[rank] for ranks in minibatch_sizes(steps, args, world_size)}
+        examples = [Batch.zeros(size, observation_space, agent.distribution).to(device) for size in sorted(sizes)]
         gradient_step = compile_gradient_step(
-            gradient_step, agent, optimizer, args, minibatch, sum_over_ranks, world_size
+            gradient_step, agent, optimizer, args, examples, sum_over_ranks, world_size
         )
 
     # Loop over updates
@@ -132,6 +136,7 @@ def main(args: FabricArgs) -> None:
             agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update, args.noise_correlation
         )
         rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
+        envs.mark(update)
 
         # Normalise: statistics over all ranks; those of the observations count from the next rollout on.
         if args.normalize_observations:
@@ -157,7 +162,7 @@ def main(args: FabricArgs) -> None:
         # Optimize
         losses = []
         for epoch in range(args.update_epochs):
-            for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, world_size):
+            for minibatch, mean_rows in minibatches(batch, steps, args, update, epoch, rank, world_size):
                 losses.append(gradient_step(minibatch, mean_rows))
             if args.target_kl is not None:
                 kl = sum_over_ranks(Losses(*losses[-1]).approx_kl.clone())
@@ -173,14 +178,12 @@ def main(args: FabricArgs) -> None:
         scalars |= name_means(sum_over_ranks(sums))
         scalars["Info/learning_rate"] = args.learning_rate_at(update)
         start, before = time.perf_counter(), start
-        scalars["Time/step_per_second"] = args.num_steps / (start - before)
+        scalars["Time/step_per_second"] = steps / (start - before)
         log(scalars, update)
         progress.show(update, scalars)
 
         # Checkpoint: what all ranks hold is the same but for their environments.
-        environments = environment_states(envs, observations, agent, gather if world_size > 1 else None)
-        if rank == 0:
-            checkpoints.add(update, agent.state_dict(), optimizer, scalars, environments)
+        checkpoints.add(update, agent.state_dict(), optimizer, scalars)
 
     # Test: greedy episodes.
     progress.close()

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import os
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning import Fabric
@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 from rl.channel import PLAYER, Channel, copy_weights
-from rl.checkpoint import Checkpoints, environment_states, restore, shared_checkpoint
+from rl.checkpoint import Checkpoints, restore, restore_learner, shared_checkpoint
 from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
 from rl.ending import at_end, give_up, run, updates
@@ -51,7 +51,7 @@ from rl.launch import Ranks, read_ranks
 from rl.lightning_agent import LightningAgent
 from rl.loss import Losses
 from rl.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
-from rl.minibatch import Batch, minibatches
+from rl.minibatch import Batch, minibatch_sizes, minibatches
 from rl.normalize import moments, normalize_advantages
 from rl.peers import join
 from rl.placement import keep_to_own_cores, place
@@ -67,7 +67,6 @@ class Collected(NamedTuple):
     rows: Tensor  # packed rows of experience, uint8 [B, bytes of a row]
     episodes: Episodes
     staleness: int  # updates that the policy that acted is behind the one that is optimised
-    environments: list[dict[str, Any]]  # where the rollout left them
     normalizers: dict[str, Tensor]  # their statistics after it
 
 
@@ -83,29 +82,29 @@ def main(args: DecoupledArgs) -> None:
     channel = Channel(ranks.rank, ranks.world_size, backend, args.timeout)
     keep_to_own_cores(ranks)
     if ranks.rank == PLAYER:
-        player(args, channel, device)
+        player(args, channel, device, ranks)
     else:
         trainer(args, channel, device, ranks)
 
 
-def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
+def player(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: Ranks) -> None:
     """Run the environments, send what they gave to the trainers, log, and test at the end."""
     # Checkpoint to go on from, if any
     checkpoint = shared_checkpoint(args, torch.device("cpu"))
     done = checkpoint["update"] if checkpoint else 0
+    steps = args.steps_per_update(ranks.world_size)  # of all environments together
 
     # Log
     run_folder = choose_run_folder(args)
-    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * args.num_steps)
+    logger = TensorBoardLogger(run_folder.parent, run_folder.name, version="", purge_step=done * steps)
     fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=logger)
     at_end(lambda: logger.finalize("success"))
     logger.experiment.add_text("hyperparameters", hyperparameter_table(args))
-    progress = Progress(args, enabled=True, done=done)
-    checkpoints = Checkpoints(run_folder, args)
+    progress = Progress(args, steps, enabled=True, done=done)
 
     def log(scalars: dict[str, float], update: int) -> None:
         with give_up("the log"):
-            fabric.log_dict(scalars, update * args.num_steps)
+            fabric.log_dict(scalars, update * steps)
             logger.save()
 
     # Environments
@@ -113,6 +112,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     envs = make_envs(args, args.num_envs, record)
     at_end(envs.close)
     observations = reset_envs(envs, args.seed, 0)
+    checkpoints = Checkpoints(run_folder, args, envs, gather=None, done=done)
 
     # Agent: it only acts here, with the weights that arrive. Its optimizer only receives the state to save.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
@@ -136,13 +136,14 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         # Rollout: T steps in each environment.
         noise = draw_action_noise(
             agent.distribution,
-            args.rollout_length(world_size=1),
+            args.rollout_length(ranks.world_size),
             range(args.num_envs),
             args.seed,
             update,
             args.noise_correlation,
         )
         rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
+        envs.mark(update)
 
         # Normalise: the statistics of the observations count from the next rollout on.
         if args.normalize_observations:
@@ -159,9 +160,8 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         if args.normalize_advantages:
             advantages = normalize_advantages(advantages, moments(advantages))
         rows = Batch.from_rollout(rollout, advantages, returns).pack()
-        environments = environment_states(envs, observations, agent, gather=None)
         normalizers = {name: tensor.clone() for name, tensor in agent.state_dict().items() if "normalizer" in name}
-        return Collected(rows, episodes, update - 1 - held, environments, normalizers)
+        return Collected(rows, episodes, update - 1 - held, normalizers)
 
     # Loop over updates. With --overlap the next rollout is collected while the trainers optimize on this one.
     start = time.perf_counter()
@@ -172,7 +172,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         if update == done + 2:
             channel.check_weights(agent, update - 1)
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
-        rows, episodes, staleness, environments, normalizers = collected or collect(update)
+        rows, episodes, staleness, normalizers = collected or collect(update)
 
         # Share: all rows to every trainer, or a random part to each.
         if not args.share_data:
@@ -188,14 +188,14 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         if args.overlap:
             scalars["Info/staleness"] = staleness
         start, before = time.perf_counter(), start
-        scalars["Time/step_per_second"] = args.num_steps / (start - before)
+        scalars["Time/step_per_second"] = steps / (start - before)
         log(scalars, update)
         progress.show(update, scalars)
 
         # Checkpoint: the new weights and the optimizer's state arrive from the lead trainer.
         channel.receive_state(agent, optimizer)
         held = update
-        checkpoints.add(update, agent.state_dict() | normalizers, optimizer, scalars, environments, acting_weights)
+        checkpoints.add(update, agent.state_dict() | normalizers, optimizer, scalars, acting_weights)
     channel.check_weights(agent, args.num_updates)
 
     # Test: greedy episodes.
@@ -212,6 +212,7 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
     # Checkpoint to go on from, if any
     checkpoint = shared_checkpoint(args, torch.device("cpu"))
     done = checkpoint["update"] if checkpoint else 0
+    steps = args.steps_per_update(ranks.world_size)
 
     # Launch: Fabric joins the trainers among themselves.
     rank, num_trainers = ranks.rank - 1, ranks.world_size - 1
@@ -239,8 +240,7 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
         # bit of a sum over three ranks depends on their order.
         row = Batch.zeros(1, observation_space, agent.distribution).to(fabric.device)
         fabric.backward(fabric_agent.training_step(row, 1).loss)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore_learner(checkpoint, agent, optimizer)
 
     # Gradient step: the backward pass averages the gradients over the trainers, so all take the same step.
     def gradient_step(minibatch: Batch, mean_rows: float) -> Tensor:
@@ -251,10 +251,13 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
         optimizer.step()
         return torch.stack(losses).detach()
 
-    if args.compiles(num_trainers):  # the same, several times faster: in one graph, or two around one message
-        minibatch = Batch.zeros(args.minibatch_rows(num_trainers), observation_space, agent.distribution).to(device)
+    # A compiled graph stands in for it in a long run. It proves at once, and now and then, that it does the same; what
+    # is shown above is called for the proof alone, unless the proof fails.
+    if args.compiles(steps, num_trainers):
+        sizes = {trainers[rank] for trainers in minibatch_sizes(steps, args, num_trainers)}
+        examples = [Batch.zeros(size, observation_space, agent.distribution).to(device) for size in sorted(sizes)]
         gradient_step = compile_gradient_step(
-            gradient_step, agent, optimizer, args, minibatch, channel.trainers.all_reduce, num_trainers
+            gradient_step, agent, optimizer, args, examples, channel.trainers.all_reduce, num_trainers
         )
 
     # Loop over updates
@@ -265,13 +268,13 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: 
             channel.check_weights(agent, update - 1)
 
         # Share: what the player sent is all rows, or this trainer's part.
-        rows = channel.receive_rows(args.num_steps, sum(template.field_bytes), args.share_data)
+        rows = channel.receive_rows(steps, sum(template.field_bytes), args.share_data)
         batch = template.unpack(rows.to(fabric.device))
 
         # Optimize
         losses = []
         for epoch in range(args.update_epochs):
-            for minibatch, mean_rows in minibatches(batch, args, update, epoch, rank, num_trainers):
+            for minibatch, mean_rows in minibatches(batch, steps, args, update, epoch, rank, num_trainers):
                 losses.append(gradient_step(minibatch, mean_rows))
             if args.target_kl is not None:
                 kl = channel.trainers.all_reduce(Losses(*losses[-1]).approx_kl.clone())

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,7 +12,9 @@ import tyro
 
 from rl.presets import PRESETS
 
-COMPILE_FROM = 20_000  # gradient steps: each then takes a millisecond less, and compiling takes 5 to 20 seconds
+# What compiling the gradient step takes, and what each step then saves, in seconds, on 2 cores
+COMPILE_SECONDS = 10  # between 3 from a warm cache and 20 from a cold one
+SAVED_ALONE, SAVED_TOGETHER = 0.9e-3, 1.8e-3
 
 
 @dataclass
@@ -51,6 +53,8 @@ class EnvironmentArgs:
     """Arguments of the environment, as key=value pairs or JSON: gravity=-5 or '{"gravity": -5}'."""
     env_backend: Literal["gymnasium", "envpool"] = "gymnasium"
     """Who runs the environments of the training; EnvPool is faster for those it has (requirements-envpool.txt)."""
+    env_threads: int = 1
+    """Threads in which EnvPool steps the environments of a process."""
     num_envs: int = 4
     """Environments of each process that runs environments."""
     normalize_observations: bool = False
@@ -148,7 +152,11 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             ValueError: with one line that names the flag, its bounds and the value.
         """
         for names, holds, bounds in (
-            (("num_envs", "num_steps", "per_rank_batch_size", "update_epochs"), lambda x: x >= 1, "at least 1"),
+            (
+                ("num_envs", "env_threads", "num_steps", "per_rank_batch_size", "update_epochs"),
+                lambda x: x >= 1,
+                "at least 1",
+            ),
             (
                 ("total_timesteps", "test_episodes", "checkpoint_every", "keep_checkpoints"),
                 lambda x: x >= 1,
@@ -173,6 +181,10 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         self.env_arguments()
         if self.capture_video and self.env_backend == "envpool":
             raise ValueError("--capture-video goes with --env-backend gymnasium: EnvPool draws no pictures")
+        if self.env_threads > 1 and self.env_backend == "gymnasium":
+            raise ValueError(
+                "--env-threads goes with --env-backend envpool: Gymnasium's environments step in one thread"
+            )
 
     def check_processes(self, world_size: int) -> None:
         """Check what depends on the number of processes.
@@ -186,10 +198,9 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
                 f"--num-steps {self.num_steps} is below the number of environments, "
                 f"{environments}: each must take at least one step per update"
             )
-        rounded = self.rounded(world_size)
-        if self.total_timesteps < rounded.num_steps:
+        if self.total_timesteps < self.num_steps:
             raise ValueError(
-                f"--total-timesteps {self.total_timesteps} is below --num-steps {rounded.num_steps}: "
+                f"--total-timesteps {self.total_timesteps} is below --num-steps {self.num_steps}: "
                 "there would be no update, so nothing would be trained"
             )
 
@@ -201,29 +212,30 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         """Return T, the steps that each environment takes before an update."""
         return math.ceil(self.num_steps / (self.num_envs * self.env_processes(world_size)))
 
-    def rounded(self, world_size: int) -> "CommonArgs":
-        """Return these arguments with `num_steps` rounded up to what the environments share evenly."""
-        length = self.rollout_length(world_size)
-        return replace(self, num_steps=length * self.num_envs * self.env_processes(world_size))
+    def steps_per_update(self, world_size: int) -> int:
+        """Return the environment steps of an update: `num_steps`, rounded up to what the environments share evenly."""
+        return self.rollout_length(world_size) * self.num_envs * self.env_processes(world_size)
 
     @property
     def num_updates(self) -> int:
-        """The number of updates of the run, the same for any number of processes."""
+        """The number of updates of the run: it follows from the flags alone, whatever the number of processes."""
         return self.total_timesteps // self.num_steps
 
-    def minibatches_per_epoch(self, world_size: int) -> int:
-        """Return how many gradient steps each of `world_size` processes that optimize takes in an epoch."""
-        return math.ceil(math.ceil(self.num_steps / world_size) / self.per_rank_batch_size)
+    def minibatches_per_epoch(self, num_rows: int, world_size: int) -> int:
+        """Return how many gradient steps `world_size` processes, which share `num_rows` rows, take in an epoch."""
+        return math.ceil(math.ceil(num_rows / world_size) / self.per_rank_batch_size)
 
-    def minibatch_rows(self, world_size: int) -> int:
-        """Return how many rows the largest minibatch of each of `world_size` processes that optimize has."""
-        return math.ceil(math.ceil(self.num_steps / world_size) / self.minibatches_per_epoch(world_size))
+    def compiles(self, num_rows: int, world_size: int) -> bool:
+        """Return whether the gradient step is compiled: if that saves more time than it takes, or as a flag says.
 
-    def compiles(self, world_size: int) -> bool:
-        """Return whether the gradient step is compiled for `world_size` processes that optimize."""
-        if self.compile is None:
-            return self.num_updates * self.update_epochs * self.minibatches_per_epoch(world_size) >= COMPILE_FROM
-        return self.compile
+        Args:
+            num_rows: rows of an update, over all processes that optimize.
+            world_size: the number of these processes.
+        """
+        if self.compile is not None:
+            return self.compile
+        steps = self.num_updates * self.update_epochs * self.minibatches_per_epoch(num_rows, world_size)
+        return steps * (SAVED_ALONE if world_size == 1 else SAVED_TOGETHER) > COMPILE_SECONDS
 
     def learning_rate_at(self, update: int) -> float:
         """Return the learning rate of an update, counted from 1."""
@@ -300,7 +312,7 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
                 "start with `fabric run --devices=2 train_fabric_decoupled.py`, or more devices"
             )
         super().check_processes(world_size)
-        if (trainers := world_size - 1) > (steps := self.rounded(world_size).num_steps):
+        if (trainers := world_size - 1) > (steps := self.steps_per_update(world_size)):
             raise ValueError(f"{trainers} trainers cannot share {steps} experiences: raise --num-steps")
 
     def env_processes(self, world_size: int) -> int:

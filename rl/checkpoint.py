@@ -2,15 +2,16 @@
 
 import io
 import json
+import math
 import os
 import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,31 +21,68 @@ from torch.optim import Optimizer
 
 from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.ending import at_end, can_resume, give_up
+from rl.ending import can_resume, give_up, save_at_end
 from rl.envs import read_spaces
 from rl.launch import RunError, is_rank_zero, read_ranks, say
-from rl.replay import ReplayableEnvs
+from rl.normalize import RewardNormalizer
+from rl.peers import known_peers, say_first
 
-KEYS = {"agent", "optimizer", "update", "global_step", "args", "world_size", "scalars", "environments"}
+Args = TypeVar("Args", bound=CommonArgs)
+
+KINDS = {
+    "agent": dict,
+    "optimizer": dict,
+    "update": int,
+    "global_step": int,
+    "args": dict,
+    "world_size": int,
+    "scalars": dict,
+    "environments": list,
+    "acting_weights": Tensor | None,
+}
+PATIENCE = 6  # seconds that the first process, on its way out, waits for what the others know of their environments
+
+
+class Environments(Protocol):
+    """N environments that know where they stood: `rl.replay`, or as far as it can `rl.envpool_envs`."""
+
+    num_envs: int
+
+    def states(self, update: int) -> list[dict[str, Any]]: ...  # noqa: D102
+    def restore(self, states: list[dict[str, Any]]) -> tuple[np.ndarray, list[np.ndarray], list[str]]: ...  # noqa: D102
 
 
 class Checkpoints:
     """Writes the checkpoints of a run: `checkpoints/update_<8 digits>.ckpt` in its folder.
 
-    However the run ends (but by SIGKILL), the checkpoint of the last update is on the disk.
+    Every `--checkpoint-every` updates, and when the run is stopped or fails, that of the last update.
 
     Args:
         run_folder: folder of the run.
         args: of the run.
+        envs: of this process.
+        gather: returns the rows of all processes that run environments; None if there is one.
+        done: updates done before, in a run that is resumed.
     """
 
-    def __init__(self, run_folder: Path, args: CommonArgs) -> None:
+    def __init__(
+        self,
+        run_folder: Path,
+        args: CommonArgs,
+        envs: Environments,
+        gather: Callable[[Tensor], Tensor] | None,
+        done: int = 0,
+    ) -> None:
         self.folder = run_folder / "checkpoints"
-        self.args = args
-        self.unwritten: tuple[Path, memoryview] | None = None
+        self.args, self.envs, self.gather = args, envs, gather
+        self.ranks = read_ranks()
+        self.update = self.written = done
+        self.state: dict[str, Any] = {}  # after the last update, but for the environments
         self.writer, self.one_at_a_time = ThreadPoolExecutor(1), Lock()
         self.writing: Future[None] | None = None
-        at_end(self.write)
+        save_at_end(self.write_last)
+        if any(self.folder.glob("update_*.ckpt")):
+            can_resume(run_folder)
 
     def add(
         self,
@@ -52,59 +90,89 @@ class Checkpoints:
         agent: dict[str, Tensor],
         optimizer: Optimizer,
         scalars: dict[str, float],
-        environments: list[Tensor],
         acting_weights: Tensor | None = None,
     ) -> None:
-        """Keep the state after an update, and write it when it is time to.
+        """Keep the state after an update, and write it when it is time to; call it on all processes.
 
         Args:
             update: number of updates done.
             agent: state dict of the plain network, normalisation included; it has the same keys in all scripts.
             optimizer: of its parameters.
             scalars: what was logged last.
-            environments: the states of those of each process, see `environment_states`.
             acting_weights: those that act in the next rollout, where they are not the agent's, [P].
 
         Raises:
             RunError: if that of the last update cannot be written.
         """
-        checkpoint = {
-            "agent": agent,
-            "optimizer": optimizer.state_dict(),
-            "update": update,
-            "global_step": update * self.args.num_steps,
-            "args": asdict(self.args),
-            "world_size": read_ranks().world_size,
-            "scalars": scalars,
-            "environments": environments,
-            "acting_weights": acting_weights,
-        }
-        file = io.BytesIO()
-        torch.save(checkpoint, file)
-        if self.writing:
-            self.writing.result()
-        self.unwritten = (self.folder / f"update_{update:08d}.ckpt", file.getbuffer())
-        can_resume(self.folder.parent)
+        if self.ranks.rank == 0:
+            state = {
+                "agent": agent,
+                "optimizer": optimizer.state_dict(),
+                "update": update,
+                "global_step": update * self.args.steps_per_update(self.ranks.world_size),
+                "args": asdict(self.args),
+                "world_size": self.ranks.world_size,
+                "scalars": dict(scalars),
+                "acting_weights": acting_weights,
+            }
+            self.state = _copy_to_cpu(state)  # the next update changes the tensors
+        self.update = update
         is_last = update == self.args.num_updates
-        if is_last or update % self.args.checkpoint_every == 0:
-            self.writing = self.writer.submit(self.write)  # the next rollout need not wait for the disk
-        if is_last:
-            self.writing.result()
-            if self.unwritten:
-                raise RunError(f"the last checkpoint cannot be written: make room in {self.folder}, then use --resume")
+        if not is_last and update % self.args.checkpoint_every != 0:
+            return
+        device = next(iter(agent.values())).device  # where the process group sends from
+        environments = _gather_bytes(_pack(self.envs.states(update)).to(device), self.gather)
+        if self.ranks.rank == 0:
+            if self.writing:
+                self.writing.result()
+            self.writing = self.writer.submit(self._write, self.state, environments)  # the next rollout need not wait
+            if is_last:
+                self.writing.result()
+                if self.written != update:
+                    raise RunError(
+                        f"the last checkpoint cannot be written: make room in {self.folder}, then use --resume"
+                    )
 
-    def write(self) -> None:
-        """Write what is not yet on the disk, if that takes it, and drop the oldest.
+    def write_last(self) -> None:
+        """Write the state after the last update on the way out; call it on all processes.
+
+        The processes cannot gather any more, since any of them may be gone, so they leave what they know of their
+        environments in the store. If one leaves nothing, the last checkpoint that was written stands.
+        """
+        if self.writing:
+            self.writing.exception()  # waits for it
+        if self.update == self.written and self.ranks.rank == 0:
+            return
+        peers = known_peers() if self.gather else None
+        if peers is None:
+            environments = [_pack(self.envs.states(self.update))]
+        elif self.ranks.rank == 0:
+            own = _pack(self.envs.states(self.update))
+            others = peers.collect(f"environments/{self.update}", PATIENCE)
+            if others is None:
+                return
+            environments = [own, *(torch.frombuffer(bytearray(other), dtype=torch.uint8) for other in others)]
+        else:
+            for update in self.envs.marks:
+                peers.leave(f"environments/{update}", _pack(self.envs.states(update)).numpy().tobytes())
+            return
+        self._write(self.state, environments)
+
+    def _write(self, state: dict[str, Any], environments: list[Tensor]) -> None:
+        """Write a checkpoint, if the disk takes it, and drop the oldest.
 
         The file appears under its name only once it is whole on the disk, so a crash leaves those before.
         """
+        file = io.BytesIO()
+        torch.save(state | {"environments": environments}, file)
         with self.one_at_a_time, give_up("a checkpoint"):
-            self._write()
+            self._put(self.folder / f"update_{state['update']:08d}.ckpt", file.getbuffer())
+            self.written = max(self.written, state["update"])
+            can_resume(self.folder.parent)
+            for old in sorted(self.folder.glob("update_*.ckpt"))[: -self.args.keep_checkpoints]:
+                old.unlink()
 
-    def _write(self) -> None:
-        if not self.unwritten:
-            return
-        path, content = self.unwritten
+    def _put(self, path: Path, content: memoryview) -> None:
         temporary = path.with_suffix(".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -119,64 +187,79 @@ class Checkpoints:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name, too, is on the disk now
         os.close(folder)
-        self.unwritten = None
-        present = sorted(self.folder.glob("update_*.ckpt"))
-        newer = [other for other in present if other > path]  # of a run that went on before this one was resumed
-        for other in newer + [other for other in present if other <= path][: -self.args.keep_checkpoints]:
-            other.unlink()
-
-
-def environment_states(
-    envs: ReplayableEnvs, observations: np.ndarray, agent: Agent, gather: Callable[[Tensor], Tensor] | None
-) -> list[Tensor]:
-    """Return the states of the environments of each process, as bytes, uint8; call it on all of them.
-
-    Args:
-        envs: of this process.
-        observations: [N, *shape], where they are.
-        agent: whose rewards may be normalised, with a sum for each environment.
-        gather: returns the rows of all processes one after the other; None if there is one process.
-    """
-    sums = _discounted_sums(agent, envs)
-    states = [
-        state | {"discounted_sum": float(discounted_sum)}
-        for state, discounted_sum in zip(envs.state(observations), sums, strict=True)
-    ]
-    packed = _pack(states)
-    if gather is None:
-        return [packed]
-    # Episodes differ in length, so what is gathered is padded to the longest.
-    device = next(agent.parameters()).device
-    sizes = gather(torch.tensor([len(packed)], device=device)).tolist()
-    padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=device)
-    padded[0, : len(packed)] = packed
-    return [row[:size].clone() for row, size in zip(gather(padded).cpu(), sizes, strict=True)]
 
 
 def restore(
-    checkpoint: dict[str, Any], agent: Agent, optimizer: Optimizer, envs: ReplayableEnvs, first_env: int
+    checkpoint: dict[str, Any], agent: Agent, optimizer: Optimizer, envs: Environments, first_env: int
 ) -> np.ndarray:
     """Put agent, optimizer and environments back, and return the observations [N, *shape] to go on from.
 
+    Environments that cannot be put back begin new episodes, and a line says so.
+
     Args:
-        checkpoint: as `load_checkpoint` returns it.
+        checkpoint: as `shared_checkpoint` returns it.
         agent: of this process.
         optimizer: of its parameters.
         envs: of this process.
         first_env: index of the first of them among those of all processes.
 
     Raises:
-        RunError: if the environments do not repeat their episodes.
+        RunError: if the checkpoint does not fit the run.
     """
-    agent.load_state_dict(checkpoint["agent"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    states = [state for packed in checkpoint["environments"] for state in _unpack(packed)]
-    states = states[first_env : first_env + envs.num_envs]
-    _discounted_sums(agent, envs)[:] = [state["discounted_sum"] for state in states]
+    restore_learner(checkpoint, agent, optimizer)
     try:
-        return envs.restore(states)
-    except ValueError as error:
-        raise RunError(f"the run cannot be resumed: {error}") from None
+        states = [state for packed in checkpoint["environments"] for state in _unpack(packed)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"the run cannot be resumed: its checkpoint is damaged ({error})") from None
+    states = states[first_env : first_env + envs.num_envs]
+    if len(states) != envs.num_envs:
+        raise RunError("the run cannot be resumed: its checkpoint holds fewer environments than the run has")
+    observations, rewards, notes = envs.restore(states)
+    if isinstance(agent.reward_normalizer, RewardNormalizer):
+        agent.reward_normalizer.begin(rewards)
+    if notes:
+        say_first("episodes", f"{notes[0]}: from here on the run is not bit for bit the one that was stopped")
+    return observations
+
+
+def restore_learner(checkpoint: dict[str, Any], agent: Agent, optimizer: Optimizer) -> None:
+    """Put agent and optimizer back.
+
+    Raises:
+        RunError: if the checkpoint does not fit them.
+    """
+    kinds = [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if kinds != [{name: type(value) for name, value in group.items()} for group in optimizer.param_groups]:
+            raise ValueError("the optimizer has other settings")
+        for parameter in agent.parameters():
+            moments = [optimizer.state[parameter].get(name, parameter) for name in ("exp_avg", "exp_avg_sq")]
+            if any(moment.shape != parameter.shape for moment in moments):
+                raise ValueError("the optimizer's moments have other shapes than the weights")
+    except Exception as error:  # torch does not check what it loads: damage shows in many ways
+        reason = " ".join(str(error).split())
+        raise RunError(f"the run cannot be resumed: its checkpoint does not fit ({reason})") from None
+
+
+def _copy_to_cpu(value: Any) -> Any:
+    """Return a copy of nested dictionaries and lists whose tensors are on the CPU, each in memory of its own."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_to_cpu(item) for key, item in value.items()}
+    return [_copy_to_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def _gather_bytes(packed: Tensor, gather: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
+    """Return the bytes of all processes, uint8 [bytes] each; they differ in number, so they travel padded."""
+    if gather is None:
+        return [packed.cpu()]
+    sizes = gather(torch.tensor([len(packed)], device=packed.device)).tolist()
+    padded = packed.new_zeros(1, max(sizes))
+    padded[0, : len(packed)] = packed
+    return [row[:size].clone() for row, size in zip(gather(padded).cpu(), sizes, strict=True)]
 
 
 def _pack(states: list[dict[str, Any]]) -> Tensor:
@@ -192,23 +275,32 @@ def _pack(states: list[dict[str, Any]]) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> list[dict[str, Any]]:
-    """Return what was packed."""
+    """Return what was packed.
+
+    Raises:
+        ValueError: if it holds anything else than `_pack` writes.
+    """
     line, _, arrays = packed.numpy().tobytes().partition(b"\n")
     file = io.BytesIO(arrays)
 
     def read(value: dict[str, Any]) -> Any:
         if value.keys() != {"dtype", "shape"}:
             return value
-        array = np.empty(value["shape"], value["dtype"])
-        file.readinto(array.data)
-        return array
+        dtype = np.dtype(value["dtype"])
+        if dtype.kind not in "biuf":
+            raise ValueError(f"an array of {dtype}")
+        content = file.read(math.prod(value["shape"]) * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(value["shape"])
 
-    return json.loads(line, object_hook=read)
-
-
-def _discounted_sums(agent: Agent, envs: ReplayableEnvs) -> np.ndarray:
-    """Return where the discounted sum of each environment's rewards stands, float64 [N], if rewards are normalised."""
-    return getattr(agent.reward_normalizer, "sums", np.zeros(envs.num_envs))
+    states = json.loads(line, object_hook=read)
+    for state in states:
+        if not all(type(state[key]) is int and 0 <= state[key] < 2**63 for key in ("seed", "episode")):
+            raise ValueError("no seed of an episode")
+        if state.keys() > {"seed", "episode"}:
+            kinds = {"actions": np.ndarray, "observation": np.ndarray, "return": float, "numbers": dict}
+            if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
+                raise ValueError("no state of an environment")
+    return states
 
 
 def shared_checkpoint(args: CommonArgs, device: torch.device) -> dict[str, Any] | None:
@@ -222,7 +314,7 @@ def shared_checkpoint(args: CommonArgs, device: torch.device) -> dict[str, Any] 
         RunError: if there is none that can be read.
     """
     content = torch.empty(0, dtype=torch.uint8)
-    if is_rank_zero() and args.resume:
+    if is_rank_zero() and args.resume is not None:
         try:
             path = load_checkpoint(Path(args.resume))["path"]
         except ValueError as error:
@@ -276,12 +368,39 @@ def _read(path: Path) -> dict[str, Any]:
             if zipfile.ZipFile(path).testzip():  # torch does not look at the check sums of what it reads
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = KEYS - set(checkpoint)
+        missing = KINDS.keys() - set(checkpoint)
     except Exception:  # damaged bytes make the reader fail in many ways
         raise ValueError(f"{path} cannot be read: it is damaged, or no checkpoint of ours") from None
     if missing:
         raise ValueError(f"{path} is no checkpoint of ours: it lacks {', '.join(sorted(missing))}")
+    wrong = [key for key, kind in KINDS.items() if not isinstance(checkpoint[key], kind)]
+    if wrong or not all(isinstance(number, float) for number in checkpoint["scalars"].values()):
+        raise ValueError(
+            f"{path} is no checkpoint of ours: it holds something else as {', '.join(wrong or ['scalars'])}"
+        )
     return checkpoint | {"path": path}
+
+
+def run_args(checkpoint: dict[str, Any], script_args: type[Args]) -> Args:
+    """Return the arguments of the run that wrote a checkpoint.
+
+    Args:
+        checkpoint: as `load_checkpoint` returns it.
+        script_args: the dataclass of the arguments; what it does not know is left out.
+
+    Raises:
+        ValueError: with one line, if they are none.
+    """
+    defaults = asdict(script_args())
+    known = {name: value for name, value in checkpoint["args"].items() if name in defaults}
+    for name, value in known.items():
+        kinds = {float: float | int, type(None): str | float | int | None}.get(kind := type(defaults[name]), kind)
+        if not isinstance(value, kinds):
+            raise ValueError(f"{checkpoint['path']} is no checkpoint of ours: its {name} is {value!r}")
+    try:
+        return script_args(**known)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{checkpoint['path']} is no checkpoint of ours: {error}") from None
 
 
 def load_agent(run_or_checkpoint: Path) -> tuple[Agent, CommonArgs]:
@@ -291,11 +410,10 @@ def load_agent(run_or_checkpoint: Path) -> tuple[Agent, CommonArgs]:
         ValueError: with one line, if there is no checkpoint, it cannot be read, or its environment cannot be made.
     """
     checkpoint = load_checkpoint(run_or_checkpoint)
-    known = {field.name for field in fields(CommonArgs)}
-    args = CommonArgs(**{name: value for name, value in checkpoint["args"].items() if name in known})
+    args = run_args(checkpoint, CommonArgs)
     agent = Agent(*read_spaces(args), args)
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError:
+    except (RuntimeError, AttributeError, TypeError):
         raise ValueError(f"{run_or_checkpoint} holds weights of another network than its arguments say") from None
     return agent.eval(), args

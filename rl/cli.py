@@ -14,7 +14,7 @@ from gymnasium.spaces import Box
 
 from rl.args import CommonArgs
 from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
-from rl.launch import end_with_launcher, fail, is_rank_zero, read_ranks, say, wait_for_rank_zero
+from rl.launch import end_with_launcher, fail, is_rank_zero, keep_voice, read_ranks, say, wait_for_rank_zero
 from rl.presets import PRESETS
 from rl.run_folder import run_before_restart
 from rl.spaces import is_image
@@ -28,6 +28,7 @@ THREE_STATES = {"--compile": ["--compile", "True"], "--no-compile": ["--compile"
 CHANGEABLE = {
     "total_timesteps",
     "num_envs",
+    "env_threads",
     "capture_video",
     "test_episodes",
     "checkpoint_every",
@@ -49,13 +50,14 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         argv: the arguments, `sys.argv[1:]` by default.
 
     Returns:
-        The arguments with `env_id` resolved and `num_steps` rounded to what the environments share evenly.
+        The arguments as typed, but for `env_id`, which is resolved.
 
     Raises:
         SystemExit: on `--help` or on bad input.
     """
     world_size = read_ranks().world_size
     end_with_launcher()
+    keep_voice()
     try:
         args = script_args(**_parse_groups(script_args, argv, _defaults(script_args, argv)))
         before = run_before_restart()
@@ -80,10 +82,9 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         fail(str(error))
     if args.preset and not args.resume:
         say(f"preset {args.preset}: {PRESETS[args.preset].result}")
-    rounded = args.rounded(world_size)
-    if rounded.num_steps != args.num_steps:
-        say(f"--num-steps {args.num_steps} rounded up to {rounded.num_steps}, the same for every environment")
-    return rounded
+    if (steps := args.steps_per_update(world_size)) != args.num_steps:
+        say(f"--num-steps {args.num_steps} rounded up to {steps}, the same for every environment")
+    return args
 
 
 def _defaults(script_args: type[Args], argv: list[str] | None) -> Args:
@@ -127,12 +128,13 @@ def _resumed(
     Raises:
         ValueError: with one line, if the run cannot go on so.
     """
-    from rl.checkpoint import load_checkpoint  # here, so that only a resumed run waits for torch twice
+    from rl.checkpoint import load_checkpoint, run_args  # here, so that only a resumed run waits for torch twice
 
     checkpoint = load_checkpoint(run_or_checkpoint)
     known = {field.name for field in fields(script_args)}
-    before = script_args(**{name: value for name, value in checkpoint["args"].items() if name in known})
+    before = run_args(checkpoint, script_args)
     args = script_args(**_parse_groups(script_args, argv, before))
+    args = replace(args, env_id=resolve_env_id(args.env_id))  # as it was when the run began
     for name in known - CHANGEABLE:
         if getattr(args, name) != getattr(before, name):
             flag = f"--{name.replace('_', '-')}"
@@ -148,6 +150,9 @@ def _resumed(
         say(f"restarted: going on after update {checkpoint['update']} of {run_or_checkpoint}")
     elif checkpoint["update"] >= args.num_updates:
         raise ValueError("the run is complete: raise --total-timesteps to train on")
+    if args.anneal_lr and args.num_updates != before.num_updates:
+        rates = before.learning_rate_at(checkpoint["update"]), args.learning_rate_at(checkpoint["update"] + 1)
+        say(f"with another --total-timesteps the learning rate, annealed, goes from {rates[0]:.2g} to {rates[1]:.2g}")
     if checkpoint["world_size"] != world_size:
         say("resumed with another number of processes: from here on it is another run, not bit for bit the same")
     return replace(args, resume=str(checkpoint["path"]))

@@ -1,5 +1,6 @@
 """How a run ends: when it is done, on a signal, or because something broke; then with one line that says what."""
 
+import atexit
 import gc
 import os
 import re
@@ -22,17 +23,20 @@ from rl.peers import Peers, known_peers, missing_peers
 
 Args = TypeVar("Args")
 
-GRACE = 2  # seconds for a process to end by itself after a signal, then for its last writes
+GRACE = 2  # seconds after a signal in which the main thread must hear of it, else another thread ends the process
+LAST_WRITES = 20  # seconds after that for a checkpoint, a log and a video; a launcher kills what takes more than 30
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 NETWORK = re.compile(r"gloo|NCCL|TCPStore|[Cc]onnect|[Tt]imed out|recvValue|Broken pipe")
 
 
 class Stopped(BaseException):
-    """Ends the run because SIGINT or SIGTERM arrived."""
+    """Ends the run because a signal arrived."""
 
 
 _exit = os._exit  # it is replaced while a script runs
 _ending = Lock()  # taken by the thread that ends the process
 _signal: signal.Signals | None = None
+_save: Callable[[], object] | None = None
 _at_end: list[Callable[[], object]] = []
 _update = 0
 _resumable: Path | None = None
@@ -42,32 +46,46 @@ _given_up: set[str] = set()
 def run(main: Callable[[Args], None], args: Args) -> NoReturn:
     """Run the main function of a script and end the process; if it fails, with a line that says why.
 
-    Whatever ends it, what was registered with `at_end` is done.
+    Whatever ends it, what was registered with `save_at_end`, `at_end` and `atexit` is done, in this order.
     """
     gc.disable()  # until the first update: imports and compilation leave little garbage, and a fifth is quicker without
     _listen()
     _have_exits_raise()
     threading.excepthook = _leave_to_main_thread
+    code = 0
     try:
         main(args)
     except BaseException as error:
-        _end(error)
-    _ending.acquire()
-    _close()
-    if (peers := known_peers()) is not None:
-        peers.say_goodbye()
-    leave()
-    _exit_at_once(0)
+        code = _end(error)
+    else:
+        _ending.acquire()
+        _close()
+        if (peers := known_peers()) is not None:
+            peers.say_goodbye()
+        leave()
+    atexit.register(_finish, code)
+    sys.exit(code)
+
+
+def save_at_end(save: Callable[[], object]) -> None:
+    """Register what must be written first of all when the run is stopped or fails."""
+    global _save
+    _save = save
 
 
 def at_end(close: Callable[[], object]) -> None:
-    """Register what must be closed or written however the run ends; the last registered is closed first."""
+    """Register what must be closed however the run ends; the first registered is closed first."""
     _at_end.append(close)
 
 
 def updates(done: int, last: int) -> Iterator[int]:
-    """Count the updates after `done`, so that a line about an error can say in which one it happened."""
+    """Count the updates after `done`, so that a line about an error can say in which one it happened.
+
+    The first begins when all processes are ready for it.
+    """
     global _update
+    if (peers := known_peers()) is not None:
+        peers.wait_until_all_are_ready()
     gc.freeze()
     gc.enable()
     for update in range(done + 1, last + 1):
@@ -76,7 +94,7 @@ def updates(done: int, last: int) -> Iterator[int]:
 
 
 def can_resume(run_folder: Path) -> None:
-    """Remember that the run's folder holds a checkpoint, or will at the end, for the line about a stopped run."""
+    """Remember that the run's folder holds a checkpoint, for the line about a stopped run."""
     global _resumable
     _resumable = run_folder
 
@@ -96,12 +114,13 @@ def give_up(what: str) -> Iterator[None]:
 
 
 def _listen() -> None:
-    """Have SIGINT and SIGTERM end the main thread with an exception, or the process if that thread hears nothing."""
+    """Have signals end the main thread with an exception, or the process if that thread hears nothing."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _hear)
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _hear)
     Thread(target=_watch, args=(read_end,), daemon=True).start()
 
 
@@ -135,18 +154,26 @@ def _watch(read_end: int) -> None:
     global _signal
     number = os.read(read_end, 1)[0]
     time.sleep(GRACE)
+    Thread(target=_exit_later, args=(128 + number,), daemon=True).start()
     if not _ending.locked():
         _signal = signal.Signals(number)
-        _end(Stopped())
-    time.sleep(2 * GRACE)
-    _exit(128 + number)
+        _finish(_end(Stopped()))
 
 
-def _end(error: BaseException) -> NoReturn:
-    """End this process: say why, unless another one did, then close what is open."""
+def _exit_later(code: int) -> None:
+    time.sleep(LAST_WRITES)
+    _exit(code)
+
+
+def _end(error: BaseException) -> int:
+    """Save the run, say why it ends, unless another process did, and close what is open; return the exit code."""
     if not _ending.acquire(blocking=False):
         Event().wait()  # another thread is ending the process
     message, code = _explain(error)
+    if _save is not None:
+        _try(_save)
+    if isinstance(error, Stopped) and message and _resumable and _resumable.exists():
+        message += f"; go on with --resume {_resumable}"
     peers = known_peers()
     if message and (peers is None or peers.may_speak()):
         tqdm.write(message, file=sys.stderr)
@@ -155,11 +182,17 @@ def _end(error: BaseException) -> NoReturn:
     if peers is not None:
         peers.say_goodbye()
     _close()
-    _exit_at_once(code)
+    return code
 
 
-def _exit_at_once(code: int) -> NoReturn:
-    """End this process without taking down the interpreter: that lasts seconds, and a broken group could hold it up."""
+def _finish(code: int) -> NoReturn:
+    """End this process without taking down the interpreter: that lasts seconds, and a broken group could hold it up.
+
+    What was registered with `atexit` is done before.
+    """
+    atexit.unregister(_finish)
+    os._exit = _exit
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     _exit(code)
@@ -184,8 +217,7 @@ def _explain(error: BaseException) -> tuple[str | None, int]:
     if _signal is not None:
         if missing := missing_peers():
             return f"error: rank {', '.join(map(str, missing))} had not started when {_signal.name} arrived", 1
-        resume = f"; go on with --resume {_resumable}" if _resumable else ""
-        return f"stopped by {_signal.name} {where}{resume}" if is_rank_zero() else None, 128 + _signal
+        return f"stopped by {_signal.name} {where}" if is_rank_zero() else None, 128 + _signal
     if is_network and peers is not None:
         silent = peers.name(peers.silent()) or "another process"
         if "imed out" not in str(error):
@@ -213,9 +245,12 @@ def _culprits(peers: Peers) -> str:
 
 def _close() -> None:
     while _at_end:
-        close = _at_end.pop()
-        try:
-            close()
-        except Exception as error:  # the others must be closed all the same
-            if not (_given_up and isinstance(error, OSError)):  # else a line has said so
-                say(f"warning: {getattr(close, '__qualname__', close)} failed: {error}")
+        _try(_at_end.pop(0))
+
+
+def _try(close: Callable[[], object]) -> None:
+    try:
+        close()
+    except Exception as error:  # the others must be closed all the same
+        if not (_given_up and isinstance(error, OSError)):  # else a line has said so
+            say(f"warning: {getattr(close, '__qualname__', close)} failed: {error}")

@@ -14,7 +14,6 @@ from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DeprecatedEnv
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from rl.args import EnvironmentArgs
 from rl.launch import say
@@ -122,7 +121,7 @@ def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], 
     if args.env_backend == "envpool":
         from rl.envpool_envs import EnvPoolEnvs  # here, because EnvPool is optional
 
-        return RecordEpisodeStatistics(EnvPoolEnvs(args, num_envs, *read_spaces(args)))
+        return EnvPoolEnvs(args, num_envs, *read_spaces(args))
 
     return ReplayableEnvs([partial(make_env, record if index == 0 else None) for index in range(num_envs)])
 

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import time
-from typing import NamedTuple, NoReturn
+from contextlib import suppress
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -48,6 +49,43 @@ def read_ranks() -> Ranks:
     if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[2]):
         fail(f"the launcher's variables {', '.join(LAUNCH_VARIABLES[:4])} name no process: {', '.join(values)}")
     return Ranks(*map(int, values))
+
+
+class Voice:
+    """A stream that falls silent where nobody listens any more, as after `2>&1 | head`, instead of ending the run.
+
+    Args:
+        stream: stdout or stderr; None if it was closed before the start.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (it stays open to the end)
+
+    def write(self, text: str) -> int:
+        """Write, if anybody listens."""
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody listens."""
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def keep_voice() -> None:
+    """Let no training end because stdout or stderr is closed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(
+                os.devnull, os.O_RDWR
+            )  # takes its number, which else the next file would get, and our lines with it
+    sys.stdout, sys.stderr = Voice(sys.stdout), Voice(sys.stderr)
 
 
 def end_with_launcher() -> None:

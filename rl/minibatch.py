@@ -83,7 +83,7 @@ def almost_equal_sizes(rows: int, parts: int) -> list[int]:
 
 
 def minibatches(
-    batch: Batch, args: CommonArgs, update: int, epoch: int, rank: int, world_size: int
+    batch: Batch, num_rows: int, args: CommonArgs, update: int, epoch: int, rank: int, world_size: int
 ) -> Iterator[tuple[Batch, float]]:
     """Shuffle this rank's rows for one epoch and cut them into minibatches.
 
@@ -98,7 +98,8 @@ def minibatches(
 
     Args:
         batch: see above.
-        args: `seed`, `num_steps`, `per_rank_batch_size` and `share_data` count here.
+        num_rows: rows of the update, over all ranks.
+        args: `seed`, `per_rank_batch_size` and `share_data` count here.
         update: number of the update, from 1.
         epoch: number of the epoch in the update.
         rank: place of this process among those that optimize.
@@ -109,16 +110,26 @@ def minibatches(
     """
     rng = stream(args.seed, Purpose.SHUFFLE, update, epoch, 0 if args.share_data else rank)
     order = torch.from_numpy(rng.permutation(batch.num_rows))
-    steps = args.minibatches_per_epoch(world_size)
+    sizes = minibatch_sizes(num_rows, args, world_size)
     if args.share_data:
-        mine = [rows[rank::world_size] for rows in order.tensor_split(steps)]
-        global_sizes = almost_equal_sizes(batch.num_rows, steps)
-    else:
-        mine = list(order.tensor_split(steps))
-        parts = almost_equal_sizes(args.num_steps, world_size)
-        global_sizes = [sum(sizes) for sizes in zip(*(almost_equal_sizes(part, steps) for part in parts), strict=True)]
+        order = torch.cat([rows[rank::world_size] for rows in order.split([sum(ranks) for ranks in sizes])])
     # All rows are gathered at once, which is faster than minibatch by minibatch.
-    rows = torch.cat(mine).to(batch.actions.device)
-    fields = (field.index_select(0, rows).split([len(m) for m in mine]) for field in batch)
-    for minibatch, global_size in zip(zip(*fields, strict=True), global_sizes, strict=True):
-        yield Batch(*minibatch), global_size / world_size
+    order = order.to(batch.actions.device)
+    fields = (field.index_select(0, order).split([ranks[rank] for ranks in sizes]) for field in batch)
+    for minibatch, ranks in zip(zip(*fields, strict=True), sizes, strict=True):
+        yield Batch(*minibatch), sum(ranks) / world_size
+
+
+def minibatch_sizes(num_rows: int, args: CommonArgs, world_size: int) -> list[list[int]]:
+    """Return how many rows the minibatches of an epoch have: for each one, its sizes on all ranks.
+
+    Args:
+        num_rows: rows of the update, over all ranks.
+        args: `per_rank_batch_size` and `share_data` count here.
+        world_size: number of processes that optimize.
+    """
+    steps = args.minibatches_per_epoch(num_rows, world_size)
+    if args.share_data:
+        return [almost_equal_sizes(size, world_size) for size in almost_equal_sizes(num_rows, steps)]
+    parts = almost_equal_sizes(num_rows, world_size)
+    return [list(sizes) for sizes in zip(*(almost_equal_sizes(part, steps) for part in parts), strict=True)]

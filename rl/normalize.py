@@ -106,6 +106,13 @@ class RewardNormalizer(nn.Module):
             self.sums[:] = np.where(step_dones, 0.0, sums)
         return moments(torch.from_numpy(np.stack(all_sums)).to(rewards.device))
 
+    def begin(self, rewards: list[np.ndarray]) -> None:
+        """Let the sums stand where these rewards [steps] of each environment's running episode lead."""
+        self.sums[:] = 0
+        for index, episode in enumerate(rewards):
+            for reward in episode.astype(np.float32):
+                self.sums[index] = self.gamma * self.sums[index] + reward
+
     def update(self, new_moments: Tensor) -> None:
         """Add the moments of new discounted sums, summed over all ranks, float64 [3]."""
         self.moments += new_moments

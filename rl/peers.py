@@ -2,9 +2,12 @@
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -14,10 +17,12 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
+from tqdm import tqdm
 
 from rl.launch import Ranks
 
 PAUSE = 0.02  # seconds between two looks at the store
+LARGEST_VALUE = 8_000_000  # bytes that the store takes at once
 
 
 class Place(NamedTuple):
@@ -34,10 +39,11 @@ class Peers:
         rank: of this process.
         places: where each rank runs.
         store: of this attempt; a connection of its own, so that it answers while the main one waits.
+        timeout: seconds that a process waits for another.
     """
 
-    def __init__(self, rank: int, places: list[Place], store: Store) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, places: list[Place], store: Store, timeout: float) -> None:
+        self.rank, self.timeout = rank, timeout
         self.places = places
         self.store = store
         self.store_is_lost = False
@@ -66,9 +72,66 @@ class Peers:
         """Let the others know that this process ends by itself."""
         self._ask(lambda: self.store.set(f"goodbye/{self.rank}", ""))
 
-    def may_speak(self) -> bool:
-        """Whether this process is the first that wants to say why the run ends."""
-        return self._ask(lambda: self.store.add("speakers", 1)) in (1, None)  # a lost store answers nothing
+    def may_speak(self, topic: str = "end") -> bool:
+        """Whether this process is the first that has something to say on a topic, such as why the run ends."""
+        return self._ask(lambda: self.store.add(f"speakers/{topic}", 1)) in (1, None)  # a lost store answers nothing
+
+    def leave(self, key: str, content: bytes) -> None:
+        """Leave something in the store for rank 0, unless it is too large for that."""
+        if len(content) < LARGEST_VALUE:
+            self._ask(lambda: self.store.set(f"{key}/{self.rank}", content))
+
+    def collect(self, key: str, patience: float) -> list[bytes] | None:
+        """Return what the others leave in the store, in the order of their ranks; None if one of them does not.
+
+        Args:
+            key: under which they leave it.
+            patience: seconds to wait for those that are still alive.
+        """
+        keys = [f"{key}/{rank}" for rank in self._others()]
+        deadline = time.monotonic() + patience
+        while not self._has(*keys):
+            if self.store_is_lost or self.died() or time.monotonic() > deadline:
+                return None
+            time.sleep(PAUSE)
+        return self._ask(lambda: [self.store.get(key) for key in keys])
+
+    def show_life(self) -> None:
+        """Let the others see that this process is alive, every second until all are ready."""
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # the store is lost with the launcher, which ends this process, too
+                for number in count():
+                    self.store.set(f"alive/{self.rank}", str(number))
+                    if self.store.check([f"ready/{rank}" for rank in range(len(self.places))]):
+                        return
+                    time.sleep(1)
+
+        Thread(target=beat, daemon=True).start()
+
+    def wait_until_all_are_ready(self) -> None:
+        """Wait until all processes are ready to train, however long they compile or repeat episodes.
+
+        They wait in the store, since a collective has only the patience for a rollout. A process that is dead, or has
+        not shown for as long as that that it lives, is not waited for.
+
+        Raises:
+            RuntimeError: if a process ended.
+            TimeoutError: if one does not show that it lives.
+        """
+        self._ask(lambda: self.store.set(f"ready/{self.rank}", ""))
+        last_beats = {rank: (b"", time.monotonic()) for rank in self._others()}
+        while waiting := [rank for rank in last_beats if not self._has(f"ready/{rank}")]:
+            if self.died() or self.left():
+                raise RuntimeError("Connection to a process lost before all were ready")
+            for rank in waiting:
+                beat = self._ask(lambda key=f"alive/{rank}": self.store.get(key)) if self._has(f"alive/{rank}") else b""
+                if beat != last_beats[rank][0]:
+                    last_beats[rank] = beat, time.monotonic()
+            silent = [rank for rank in waiting if time.monotonic() - last_beats[rank][1] > self.timeout]
+            if silent or self.store_is_lost:
+                raise TimeoutError(f"{self.name(silent or waiting)} does not answer before the first update")
+            time.sleep(5 * PAUSE)
 
     def name(self, ranks: list[int]) -> str:
         """Return words for some ranks."""
@@ -88,8 +151,8 @@ class Peers:
             return "gone"
         return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(letter, "running")
 
-    def _has(self, key: str) -> bool:
-        return bool(self._ask(lambda: self.store.check([key])))
+    def _has(self, *keys: str) -> bool:
+        return bool(self._ask(lambda: self.store.check(list(keys))))
 
     def _ask(self, question: Callable[[], Any], patience: float = 2) -> Any:
         """Return the store's answer, None if it is out of reach; it is not asked again then."""
@@ -120,6 +183,12 @@ def known_peers() -> Peers | None:
     return _peers
 
 
+def say_first(topic: str, message: str) -> None:
+    """Print one line for the user, if no other process has said something on this topic."""
+    if _peers is None or _peers.may_speak(topic):
+        tqdm.write(message, file=sys.stderr)
+
+
 def missing_peers() -> list[int]:
     """Return the ranks that this process still waited for when it last looked."""
     return _missing
@@ -141,7 +210,8 @@ def join(ranks: Ranks, backend: str, timeout: float, device: torch.device | None
     patience = timedelta(seconds=timeout)
     store, _, _ = next(dist.rendezvous("env://", timeout=patience))
     attempt, places = _meet(store, ranks, timeout)
-    _peers = Peers(ranks.rank, places, PrefixStore(attempt, store.clone()))
+    _peers = Peers(ranks.rank, places, PrefixStore(attempt, store.clone()), timeout)
+    _peers.show_life()
     dist.init_process_group(
         backend,
         store=PrefixStore(attempt, store),

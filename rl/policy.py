@@ -1,4 +1,4 @@
-"""What acts in a rollout: from observations to actions, in NumPy, the language of environments."""
+"""Stands in for `Agent.act` in a rollout: from observations to actions, in NumPy, the language of environments."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,36 +10,74 @@ from torch import nn
 from rl.agent import Agent
 from rl.distributions import Categorical, DiagonalGaussian
 from rl.normalize import LARGEST, ObservationNormalizer
+from rl.peers import say_first
 
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Outputs = Callable[[np.ndarray], np.ndarray]
+
+PROOF_ROWS = 32
+TOLERANCE = 1e-4  # rounding leaves 1e-6 of the largest output
 
 ZERO = np.zeros((), dtype=np.float32)  # a Python number would be converted in each step
 
 
-def make_policy(agent: Agent) -> Policy:
+def make_policy(agent: Agent, observations: np.ndarray) -> Policy:
     """Return what `agent.act` computes, normalisation included, as a function of arrays; it holds until a weight moves.
 
     It maps observations [N, *shape] as the environments give them, and noise [N, ...], to actions [N, ...] as the
     learner stores them. Where a few layers are all there is, NumPy calculates them: for a few rows in a quarter of the
-    time that PyTorch's operations take, and equal but for the last bits.
+    time that PyTorch's operations take, and equal but for the last bits. That it is equal is proven each time, on what
+    the agent is about to see; where it is not, `agent.act` itself is called, and a line says so.
+
+    Args:
+        agent: of this process.
+        observations: with which the rollout begins, [N, *shape].
     """
     device = next(agent.parameters()).device
-    if (
-        device.type == "cpu"
-        and not agent.encoder.images
-        and type(agent.distribution) in (Categorical, DiagonalGaussian)
-    ):
-        return _numpy_policy(agent)
 
     @torch.no_grad()
     def act(observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
         inputs = agent.observation_normalizer(torch.from_numpy(observations).to(device))
         return agent.act(inputs, torch.from_numpy(noise).to(device)).cpu().numpy()
 
+    if device.type != "cpu" or agent.encoder.images or type(agent.distribution) not in (Categorical, DiagonalGaussian):
+        return act
+    try:
+        outputs, fast = _numpy_policy(agent)
+        difference = _difference(agent, outputs, fast, act, observations)
+    except (AttributeError, TypeError, ValueError) as error:  # an agent of another make
+        difference = f"{type(error).__name__}: {error}"
+    if not difference:
+        return fast
+    say_first("policy", f"the agent acts through PyTorch, since NumPy does not calculate the same: {difference}")
     return act
 
 
-def _numpy_policy(agent: Agent) -> Policy:
+@torch.no_grad()
+def _difference(agent: Agent, outputs: Outputs, fast: Policy, act: Policy, observations: np.ndarray) -> str:
+    """Return in what NumPy's way differs by more than rounding, empty if in nothing.
+
+    The observations alone may be all alike, or zero as many layers leave it, so they are also shaken.
+    """
+    rng = np.random.default_rng(0)
+    shaken = np.repeat(observations, -(-PROOF_ROWS // len(observations)), 0)
+    shaken = np.concatenate([observations, shaken + rng.standard_normal(shaken.shape, dtype=np.float32)])
+    noise = agent.distribution.draw_noise(rng, len(shaken))
+    ours = outputs(shaken)
+    truth = agent.actor(agent.encoder(agent.observation_normalizer(torch.from_numpy(shaken)))).numpy()
+    if not np.allclose(ours, truth, rtol=TOLERANCE, atol=TOLERANCE * max(1, np.abs(truth).max())):
+        return f"the policy's outputs differ by up to {np.abs(ours - truth).max():.2g}"
+    actions, expected = fast(shaken, noise), act(shaken, noise)
+    if isinstance(agent.distribution, Categorical):  # rounding may decide between two that are as good
+        best = np.take_along_axis(truth + noise, expected[:, None], 1) - np.take_along_axis(
+            truth + noise, actions[:, None], 1
+        )
+        return "" if np.abs(best).max() <= TOLERANCE * max(1, np.abs(truth).max()) else "its actions differ"
+    return "" if np.allclose(actions, expected, rtol=TOLERANCE, atol=TOLERANCE) else "its actions differ"
+
+
+def _numpy_policy(agent: Agent) -> tuple[Outputs, Policy]:
+    """Return functions from observations to the policy's outputs, and from observations and noise to actions."""
     linear = [layer for layer in agent.actor if isinstance(layer, nn.Linear)]
     weights = [(layer.weight.detach().T.contiguous().numpy(), layer.bias.detach().numpy()) for layer in linear]
     *hidden, (last_weight, last_bias) = weights
@@ -52,7 +90,7 @@ def _numpy_policy(agent: Agent) -> Policy:
     if isinstance(agent.distribution, DiagonalGaussian):
         deviation = agent.distribution.log_std.detach().exp().numpy()
 
-    def act(observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    def outputs(observations: np.ndarray) -> np.ndarray:
         features = observations
         if normalizer:
             features = ((observations - mean) / std).clip(-LARGEST, LARGEST)
@@ -60,10 +98,13 @@ def _numpy_policy(agent: Agent) -> Policy:
             features = features @ weight
             features += bias
             activate(features, out=features)
-        outputs = features @ last_weight
-        outputs += last_bias
-        if isinstance(agent.distribution, DiagonalGaussian):
-            return outputs + deviation * noise
-        return (outputs + noise).argmax(-1)
+        features = features @ last_weight
+        features += last_bias
+        return features
 
-    return act
+    def act(observations: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        if isinstance(agent.distribution, DiagonalGaussian):
+            return outputs(observations) + deviation * noise
+        return (outputs(observations) + noise).argmax(-1)
+
+    return outputs, act

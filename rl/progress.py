@@ -17,18 +17,19 @@ class Progress:
 
     Args:
         args: of the run.
+        steps: environment steps of an update.
         enabled: False on the ranks that say nothing.
         done: updates done before, in a run that is resumed.
     """
 
-    def __init__(self, args: CommonArgs, enabled: bool, done: int = 0) -> None:
-        self.args = args
+    def __init__(self, args: CommonArgs, steps: int, enabled: bool, done: int = 0) -> None:
+        self.num_updates, self.steps = args.num_updates, steps
         self.done = done
         self.plain = enabled and not sys.stderr.isatty()
         self.start = time.perf_counter()
         self.bar = tqdm(
-            total=args.num_updates * args.num_steps,
-            initial=done * args.num_steps,
+            total=args.num_updates * steps,
+            initial=done * steps,
             unit=" steps",
             disable=not enabled or self.plain,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
@@ -37,7 +38,7 @@ class Progress:
 
     def show(self, update: int, scalars: dict[str, float]) -> None:
         """Show the state of the run after `update` updates, with the scalars that were logged."""
-        num_updates, num_steps = self.args.num_updates, self.args.num_steps
+        num_updates, num_steps = self.num_updates, self.steps
         mean_return = f"{scalars['Rewards/rew_avg']:.1f}" if "Rewards/rew_avg" in scalars else "none yet"
         self.bar.set_postfix_str(f"update {update}/{num_updates}, return {mean_return}", refresh=False)
         self.bar.update(num_steps)

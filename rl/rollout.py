@@ -60,7 +60,6 @@ def collect_rollout(
     device = next(agent.parameters()).device
     shape = noise.shape[:2]  # T, N
     noise = noise.numpy()
-    policy, to_env = make_policy(agent), agent.distribution.to_env
     # Torch allocates what the network reads, at addresses that are aligned: the last bit of a matrix product depends
     # on that. The environments fill NumPy's view of it.
     dtype = getattr(torch, stored_dtype(envs.single_observation_space))
@@ -74,6 +73,7 @@ def collect_rollout(
     episodes = Episodes([], [])
 
     raw_observations[0] = observations
+    policy, to_env = make_policy(agent, raw_observations[0]), agent.distribution.to_env
     for t in range(len(noise)):
         actions[t] = action = policy(raw_observations[t], noise[t])
         try:

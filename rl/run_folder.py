@@ -6,28 +6,38 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
+from zipfile import is_zipfile
 
 from rl.args import CommonArgs
-from rl.launch import is_rank_zero
+from rl.launch import is_rank_zero, say
 
 
 def choose_run_folder(args: CommonArgs) -> Path:
-    """Return the folder of the run: that which is resumed, that which this launch had before a restart, or a new one.
+    """Return the folder of the run: that which this launch had before a restart, that which is resumed, or a new one.
 
-    The name of a new one is unique; it names date, environment, experiment and seed.
+    A run goes on in its folder only after its last checkpoint, so nothing there is deleted or overwritten. The name of
+    a new folder is unique; it names date, environment, experiment and seed.
     """
-    if args.resume:
-        resumed = Path(args.resume)
-        folder = resumed if resumed.is_dir() else resumed.parent.parent
-    elif (before := run_before_restart()) is not None:
+    if (before := run_before_restart()) is not None:
         folder = before
+    elif args.resume is not None and _is_last(resumed := Path(args.resume)):
+        folder = resumed.parents[1]
     else:
         date = time.strftime("%Y-%m-%d_%H-%M-%S")
         env_id = re.sub("[/:]", "-", args.env_id)
         folder = args.log_root / f"{date}_{env_id}_{args.exp_name}_seed{args.seed}_{uuid4().hex[:4]}"
+        if args.resume is not None:
+            say(f"{args.resume} is not the last checkpoint of a run: going on in a new folder, {folder}")
     if is_rank_zero() and (note := _note_of_launch()) is not None:
         note.write_text(str(folder))
     return folder
+
+
+def _is_last(checkpoint: Path) -> bool:
+    """Return whether a checkpoint lies where a run has written it, and no later one that can be read beside it."""
+    if checkpoint.parent.name != "checkpoints" or not checkpoint.match("update_*.ckpt"):
+        return False
+    return not any(is_zipfile(other) for other in checkpoint.parent.glob("update_*.ckpt") if other > checkpoint)
 
 
 def run_before_restart() -> Path | None:

@@ -28,3 +28,8 @@ def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:
 def stream_seed(seed: int, purpose: Purpose, *index: int) -> int:
     """Return the first number of a stream, for what takes a seed below 2**31 instead of a generator."""
     return int(stream(seed, purpose, *index).integers(2**31))
+
+
+def episode_seed(environment_seed: int, episode: int) -> int:
+    """Return the seed of an episode, below 2**31: a function of its environment's seed and its number."""
+    return int(np.random.SeedSequence(environment_seed, spawn_key=(episode,)).generate_state(1)[0] >> 1)

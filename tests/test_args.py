@@ -85,11 +85,11 @@ def test_a_run_without_an_update_is_refused():
         CommonArgs(total_timesteps=1023, num_steps=1024).check_processes(1)
 
 
-def test_a_run_that_rounding_leaves_without_an_update_is_refused():
+def test_rounding_leaves_the_number_of_updates_as_it_is():
     args = CommonArgs(total_timesteps=1007, num_steps=1000, num_envs=4)
-    args.check_processes(2)
-    with pytest.raises(ValueError, match=r"^--total-timesteps 1007 is below --num-steps 1008:"):
-        args.check_processes(3)
+    for world_size in (2, 3):
+        args.check_processes(world_size)
+        assert args.num_updates == 1
 
 
 def test_the_decoupled_script_needs_a_player_and_a_trainer():
@@ -106,10 +106,11 @@ def test_every_trainer_needs_an_experience():
 
 
 @pytest.mark.parametrize("script_args", [TorchArgs, FabricArgs, DecoupledArgs])
-@pytest.mark.parametrize("world_size", [2, 8])
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
 def test_the_number_of_updates_is_the_same_for_any_number_of_processes(monkeypatch, script_args, world_size):
     set_ranks(monkeypatch, world_size=world_size)
     monkeypatch.setenv("LT_CLI_USED", "1")
+    assert parse(script_args, []).num_updates == 96
     assert parse(script_args, ["--total-timesteps", "5119", "--num-steps", "1024"]).num_updates == 4
 
 
@@ -129,8 +130,9 @@ def test_num_steps_is_rounded_up_to_the_next_multiple_of_all_environments(
     script_args, num_envs, num_steps, world_size, rounded, length
 ):
     args = script_args(num_envs=num_envs, num_steps=num_steps)
-    assert args.rounded(world_size).num_steps == rounded
-    assert args.rollout_length(world_size) == args.rounded(world_size).rollout_length(world_size) == length
+    assert args.steps_per_update(world_size) == rounded
+    assert args.rollout_length(world_size) == length
+    assert args.num_updates == args.total_timesteps // num_steps  # as typed
 
 
 def test_several_processes_of_the_script_with_fabric_need_fabric_run(monkeypatch):
@@ -143,7 +145,8 @@ def test_several_processes_of_the_script_with_fabric_need_fabric_run(monkeypatch
 
 def test_rounding_is_said_in_one_line(monkeypatch, capsys):
     set_ranks(monkeypatch, world_size=3)
-    assert parse(TorchArgs, ["--num-steps", "1000"]).num_steps == 1008
+    args = parse(TorchArgs, ["--num-steps", "1000"])
+    assert (args.num_steps, args.steps_per_update(3)) == (1000, 1008)
     assert capsys.readouterr().err == "--num-steps 1000 rounded up to 1008, the same for every environment\n"
 
 

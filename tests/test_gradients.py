@@ -60,7 +60,7 @@ def test_ranks_that_share_data_take_the_gradients_of_one_rank_with_minibatches_a
     distributed, ranks, rows, batch_size, dtype
 ):
     args = CommonArgs(num_steps=rows, per_rank_batch_size=ranks * batch_size, share_data=True)
-    one_rank = minibatches(make_batch(rows, getattr(torch, dtype)), args, 1, 0, 0, 1)
+    one_rank = minibatches(make_batch(rows, getattr(torch, dtype)), rows, args, 1, 0, 0, 1)
     expected = [minibatch for minibatch, _ in one_rank]
     assert_equal_gradients(distributed[ranks, dtype, rows, batch_size, True], expected, dtype)
 
@@ -73,7 +73,7 @@ def test_ranks_with_parts_of_their_own_average_to_the_gradient_of_their_rows_tog
     args = CommonArgs(num_steps=rows, per_rank_batch_size=batch_size)
     batch = make_batch(rows, getattr(torch, dtype))
     parts = zip(*(field.split(almost_equal_sizes(rows, ranks)) for field in batch), strict=True)
-    cut = [minibatches(Batch(*part), args, 1, 0, rank, ranks) for rank, part in enumerate(parts)]
+    cut = [minibatches(Batch(*part), rows, args, 1, 0, rank, ranks) for rank, part in enumerate(parts)]
     expected = [
         Batch(*map(torch.cat, zip(*(minibatch for minibatch, _ in same_step), strict=True)))
         for same_step in zip(*cut, strict=True)

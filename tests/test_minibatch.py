@@ -34,7 +34,7 @@ def cut(rows, world_size, batch_size, share_data, update=1, epoch=0, seed=0):
     return [
         [
             (row_numbers_of(minibatch), mean_rows)
-            for minibatch, mean_rows in minibatches(numbered(part), args, update, epoch, rank, world_size)
+            for minibatch, mean_rows in minibatches(numbered(part), rows, args, update, epoch, rank, world_size)
         ]
         for rank, part in enumerate(parts)
     ]

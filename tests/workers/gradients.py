@@ -44,7 +44,7 @@ def gradients(dtype: str, num_rows: int, per_rank_batch_size: int, share_data: b
         batch = Batch(*(part[rank] for part in parts))
     agent = DistributedDataParallel(make_agent(getattr(torch, dtype)))
     rows = []
-    for minibatch, mean_rows in minibatches(batch, args, 1, 0, rank, world_size):
+    for minibatch, mean_rows in minibatches(batch, num_rows, args, 1, 0, rank, world_size):
         agent.zero_grad()
         ppo_loss(agent, minibatch, mean_rows, args).loss.backward()
         rows.append(torch.cat([parameter.grad.flatten() for parameter in agent.parameters()]))
