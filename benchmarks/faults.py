@@ -2,12 +2,13 @@
 
     python -m benchmarks.faults
 
-Each trial launches a script on several processes, kills one of them, lets the launcher restart them all, and compares
-the end with that of the undisturbed run of the same command. 70 % of the kills strike any process at a random moment,
-its start-up included; 30 % strike the process that writes the checkpoints, in the middle of a write.
+Each trial launches a command of the README on several processes, kills one of them, lets the launcher restart them
+all, and compares the end with that of the undisturbed run of the same command. 70 % of the kills strike any process at
+a random moment, its start-up included; 30 % strike the process that writes the checkpoints, in the middle of a write.
 
-Each trial appends a line to the results, and the same command goes on with the trials that are missing. What a failed
-trial left behind stays in the scratch folder.
+Each trial appends a line to the results, and the same command goes on with the trials that are missing; where none is,
+it prints the table. For a new campaign remove the file of the results, or name another one. What a failed trial left
+behind stays in the scratch folder.
 """
 
 import json
@@ -16,16 +17,16 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from itertools import cycle, islice, product
+from itertools import count, cycle, islice
 from pathlib import Path
 from statistics import median
 from threading import Thread
@@ -38,26 +39,60 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from benchmarks.dying import MOMENTS
+from benchmarks.launches import BIN, environment, find_rank, free_port, kill_all, left_after
 
 ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent  # not resolved: in a virtual environment python is a link
 
-ENVIRONMENTS = ("CartPole-v1", "LunarLander-v3", "BipedalWalker-v3")
-PROCESSES = {"train_torch.py": 2, "train_fabric.py": 2, "train_fabric_decoupled.py": 3}
-LAUNCHERS = {
-    "train_torch.py": ("torchrun", "--standalone", "--nproc_per_node=2", "--max-restarts=3"),
-    "train_fabric.py": ("fabric", "run", "--accelerator=cpu", "--strategy=ddp", "--devices=2"),
-    "train_fabric_decoupled.py": ("fabric", "run", "--devices=3"),
+
+class Command(NamedTuple):
+    """A command that trains on several processes."""
+
+    line: str  # as in the README; the campaign makes the run shorter
+    own: str  # the environment that it trains on by itself
+    others: tuple[str, ...] = ()  # those that it is given, too
+
+    @property
+    def processes(self) -> int:
+        """How many processes the launcher starts."""
+        return int(re.search(r"--(?:nproc_per_node|devices)=(\d+)", self.line)[1])
+
+
+FLOAT64, SEEDED_ONCE, SAME_ARRAY = (f"tests.hard_envs:{name}-v0" for name in ("Float64", "SeededOnce", "SameArray"))
+OTHERS = ("LunarLander-v2", "BipedalWalker-v3", FLOAT64, SEEDED_ONCE, SAME_ARRAY)
+COMMANDS = {
+    "raw PyTorch": Command(
+        "torchrun --nproc_per_node=2 --standalone --max-restarts=3 train_torch.py", "CartPole-v1", OTHERS
+    ),
+    # Each of the 12 environments takes 43 steps before an update, which are not 512 but 516 in all.
+    "raw PyTorch, steps rounded up": Command(
+        "torchrun --nproc_per_node=3 --standalone train_torch.py", "CartPole-v1", ("LunarLander-v2", FLOAT64)
+    ),
+    "Fabric": Command("fabric run --accelerator=cpu --strategy=ddp --devices=2 train_fabric.py", "CartPole-v1", OTHERS),
+    "Fabric, with videos": Command(
+        "fabric run --accelerator=cpu --strategy=ddp --devices=2 train_fabric.py --capture-video "
+        "--env-id LunarLander-v2 --total-timesteps 500000 --ortho-init --num-envs 2 --num-steps 2048 --seed 1",
+        "LunarLander-v2",
+    ),
+    "decoupled": Command("fabric run --devices=3 train_fabric_decoupled.py --num-envs 4", "CartPole-v1", OTHERS),
+    "decoupled, by torchrun": Command(
+        "torchrun --nproc_per_node=3 train_fabric_decoupled.py", "CartPole-v1", (SAME_ARRAY,)
+    ),
+    "decoupled, with overlap": Command(
+        "fabric run --devices=2 train_fabric_decoupled.py --preset lunar-lander --overlap",
+        "LunarLander-v3",
+        ("BipedalWalker-v3", SEEDED_ONCE),
+    ),
 }
+ROWS = [(name, env_id) for name, command in COMMANDS.items() for env_id in (command.own, *command.others)]
+PORTS = {"torchrun": "--master-port", "fabric": "--main-port"}  # two launches at once must not meet
 UPDATES = 8
-FLAGS = ("--num-steps=1024", f"--total-timesteps={1024 * UPDATES}", "--test-episodes=1")
+FLAGS = ("--num-steps=512", f"--total-timesteps={512 * UPDATES}", "--test-episodes=1")
 
 SHARE_OF_WRITES = 0.3  # of all kills: those that strike in the middle of a checkpoint's write
 LATEST = 0.9  # of the undisturbed run's duration: random moments end here, most runs a little later
 TIMEOUT = 180  # seconds from the launch to the end
 ATTEMPTS = 10  # at a kill that comes too late, because the run was faster than the undisturbed one
 
-MARK = "PPO_FAULTS_LAUNCH"  # every process of a launch inherits this variable with a value of its own
 RANDOM = "random"
 PROGRESS = re.compile(r"steps \d+/\d+, update (\d+)/")
 CONTINUED = re.compile(r"restarted: going on after update (\d+) of")
@@ -69,7 +104,7 @@ class Trial:
 
     number: int
     seed: int
-    script: str
+    command: str  # its name in COMMANDS
     env_id: str
     rank: int  # of the process that is killed
     moment: str  # "random", or one of those in a checkpoint's write
@@ -83,18 +118,26 @@ class Trial:
 class Outcome:
     """What became of a run whose process was killed."""
 
-    recovered: bool  # the launcher ended well, and one run's folder is there with the last update's checkpoint
+    recovered: bool  # the launcher ended well, and the checkpoint of the last update is there
     weights_equal: bool  # the optimizer's state included
     logs_equal: bool  # every point of every scalar but times
+    run_folders: int
     restarts: int
+    left: int  # processes that outlived the launcher
     killed_after: float | None  # seconds from the appearance of the process
+    continued_after: int  # the update whose checkpoint the run went on from; 0 if it began anew
     updates_redone: int  # those that had been shown as done; if there are none, the one under way at the kill counts
     seconds_to_update: float | None  # from the kill to the end of the first update after it, if one was left to do
 
     @property
+    def tidy(self) -> bool:
+        """Whether the kill caused one restart and nothing else: no other run, and no process that stays."""
+        return (self.run_folders, self.restarts, self.left) == (1, 1, 0) and self.killed_after is not None
+
+    @property
     def good(self) -> bool:
         """Whether all is as if nothing had happened."""
-        return self.recovered and self.weights_equal and self.logs_equal
+        return self.recovered and self.weights_equal and self.logs_equal and self.tidy
 
 
 class Launched(NamedTuple):
@@ -105,61 +148,64 @@ class Launched(NamedTuple):
     killed_at: float | None
     restarted_at: list[float]  # when the launcher had started that process again, and again
     end: float
+    left: list[str]  # command lines of processes that outlived the launcher; they were killed
     lines: list[tuple[float, str]]  # what was written to stderr, and when
 
 
 def draw_trials(kills: int, seed: int) -> list[Trial]:
-    """Return the trials in random order; scripts, environments, processes and moments take turns."""
-    ranks = [(script, rank) for script, processes in PROCESSES.items() for rank in range(processes)]
-    at_random = cycle((script, env_id, rank, RANDOM) for env_id, (script, rank) in product(ENVIRONMENTS, ranks))
-    in_writes = cycle(
-        (script, env_id, 0, moment)
-        for env_id, shift in product(ENVIRONMENTS, range(len(MOMENTS)))
-        for script, moment in zip(PROCESSES, MOMENTS[shift:] + MOMENTS[:shift], strict=True)
-    )
+    """Return the trials in random order; commands and environments, processes and moments take turns."""
+    generator = random.Random(seed)
+    ranks = {name: cycle(range(command.processes)) for name, command in COMMANDS.items()}
+    moments = {name: cycle(MOMENTS) for name in COMMANDS}
+    rows = (row for _ in count() for row in generator.sample(ROWS, len(ROWS)))
     writes = round(SHARE_OF_WRITES * kills)
-    kinds = [*islice(in_writes, writes), *islice(at_random, kills - writes)]
-    random.Random(seed).shuffle(kinds)
+    kinds = [
+        *((name, env_id, 0, next(moments[name])) for name, env_id in islice(rows, writes)),
+        *((name, env_id, next(ranks[name]), RANDOM) for name, env_id in islice(rows, kills - writes)),
+    ]
+    generator.shuffle(kinds)
     return [Trial(number, seed, *kind) for number, kind in enumerate(kinds, start=1)]
 
 
-def command(script: str, env_id: str, wrapper: tuple[str, ...] = ()) -> list[str]:
-    """Return the command that launches a script on the CPU, with four environments in all."""
-    launcher, *options = LAUNCHERS[script]
-    if launcher == "fabric":
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            options.append(f"--main-port={listener.getsockname()[1]}")
-    num_envs = 4 if script == "train_fabric_decoupled.py" else 2
-    launch = [str(BIN / launcher), *options, *wrapper, str(ROOT / script)]
-    return [*launch, f"--env-id={env_id}", f"--num-envs={num_envs}", *FLAGS]
+def command_line(name: str, env_id: str, wrapper: tuple[str, ...] = ()) -> list[str]:
+    """Return the words of a command on an environment, for a short run.
+
+    Args:
+        name: of the command.
+        env_id: is given to it only where it is not its own.
+        wrapper: a script that runs the script.
+    """
+    line, own, _ = COMMANDS[name]
+    launcher, script, flags = re.fullmatch(r"(.*?) (\w+\.py)(.*)", line).groups()
+    program, *options = shlex.split(launcher)
+    launch = [str(BIN / program), *options, f"{PORTS[program]}={free_port()}", *wrapper, str(ROOT / script)]
+    return [*launch, *shlex.split(flags), *([] if env_id == own else [f"--env-id={env_id}"]), *FLAGS]
 
 
 def launch(
-    command: list[str], folder: Path, env: dict[str, str], rank: int = 0, delay: float | None = None
+    command: list[str], folder: Path, variables: dict[str, str], rank: int = 0, delay: float | None = None
 ) -> Launched:
     """Run a command in a new folder to its end, and leave no process behind.
 
     Args:
         command: a launcher's.
         folder: where it runs; its output goes into stdout.txt and stderr.txt.
-        env: variables beside those of this process.
+        variables: of its environment.
         rank: of the process that is waited for.
         delay: seconds from the appearance of that process to its kill; it is not killed without.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     mark = uuid4().hex
-    # `fabric run` has no flag for the number of restarts, so PET_MAX_RESTARTS says it.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PET_MAX_RESTARTS": "3", MARK: mark} | env
-    killed_at, restarted_at, lines = None, [], []
+    killed_at, restarted_at, left, lines = None, [], [], []
     deadline = time.monotonic() + TIMEOUT
     with (
         (folder / "stdout.txt").open("w") as stdout,
         subprocess.Popen(
             command,
             cwd=folder,
-            env=environment,
+            # Not every launcher has a flag for the number of restarts.
+            env=environment(mark, {"PET_MAX_RESTARTS": "3"} | variables),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,
@@ -171,7 +217,7 @@ def launch(
         reader = Thread(target=lambda: lines.extend((time.monotonic(), line) for line in launcher.stderr))
         reader.start()
         try:
-            victim = find_process(launcher, rank, 0, deadline)
+            victim = wait_for_rank(launcher, rank, 0, deadline)
             start = time.monotonic()
             if victim is not None and delay is not None:
                 with suppress(subprocess.TimeoutExpired):
@@ -179,61 +225,41 @@ def launch(
                 with suppress(ProcessLookupError):  # it may have ended
                     os.kill(victim, signal.SIGKILL)
                     killed_at = time.monotonic()
-            while find_process(launcher, rank, len(restarted_at) + 1, deadline) is not None:
+            while wait_for_rank(launcher, rank, len(restarted_at) + 1, deadline) is not None:
                 restarted_at.append(time.monotonic())
             end = time.monotonic()
+            left = left_after(mark)
         finally:
-            kill_all(mark)
+            kill_all(launcher, mark)
             reader.join()
     (folder / "stderr.txt").write_text("".join(line for _, line in lines))
-    return Launched(launcher.returncode, start, killed_at, restarted_at, end, lines)
+    return Launched(launcher.returncode, start, killed_at, restarted_at, end, left, lines)
 
 
-def find_process(launcher: subprocess.Popen, rank: int, restarts: int, deadline: float) -> int | None:
+def wait_for_rank(launcher: subprocess.Popen, rank: int, restarts: int, deadline: float) -> int | None:
     """Wait for the process of a rank, after so many restarts, and return its id; None if none comes any more."""
-    variables = {f"RANK={rank}".encode(), f"TORCHELASTIC_RESTART_COUNT={restarts}".encode()}
     while launcher.poll() is None and time.monotonic() < deadline:
-        for children in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
-            with suppress(OSError):  # a process may end while we look
-                for child in children.read_text().split():
-                    if variables <= set(Path(f"/proc/{child}/environ").read_bytes().split(b"\0")):
-                        return int(child)
+        if (process_id := find_rank(launcher.pid, rank, restarts)) is not None:
+            return process_id
         time.sleep(0.02)
     return None
 
 
-def kill_all(mark: str) -> None:
-    """Kill every process with that mark. The launcher's group is not enough: ranks have sessions of their own."""
-    while running := [process for process in Path("/proc").glob("[0-9]*") if carries(process, mark)]:
-        for process in running:
-            with suppress(ProcessLookupError):
-                os.kill(int(process.name), signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def carries(process: Path, mark: str) -> bool:
-    """Return whether a process, given by its folder in /proc, is alive and of the launch with that mark."""
-    try:
-        return f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is not ours
-        return False
-
-
-def reference_folder(script: str, env_id: str, scratch: Path) -> Path:
+def reference_folder(command: str, env_id: str, scratch: Path) -> Path:
     """Return the folder of the undisturbed run."""
-    return scratch / f"undisturbed_{Path(script).stem}_{env_id}"
+    return scratch / re.sub(r"\W+", "_", f"undisturbed {command} {env_id}")
 
 
-def make_reference(script: str, env_id: str, scratch: Path) -> None:
+def make_reference(command: str, env_id: str, scratch: Path) -> None:
     """Make the undisturbed run. The file with its duration is written last, so it says that the run is there.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError: if it fails, or does not take as many updates as it should.
     """
-    folder = reference_folder(script, env_id, scratch)
-    launched = launch(command(script, env_id), folder, {})
-    if launched.returncode != 0:
-        raise RuntimeError(f"the undisturbed run failed, see {folder}")
+    folder = reference_folder(command, env_id, scratch)
+    launched = launch(command_line(command, env_id), folder, {})
+    if launched.returncode != 0 or not any(last_checkpoint(run).exists() for run in run_folders(folder)):
+        raise RuntimeError(f"the undisturbed run of {command} on {env_id} did not end with update {UPDATES}: {folder}")
     (folder / "seconds.txt").write_text(str(launched.end - launched.start))
 
 
@@ -245,7 +271,7 @@ def run_trial(trial: Trial, scratch: Path) -> Outcome:
     Raises:
         RuntimeError: if the run is missed again and again.
     """
-    reference = reference_folder(trial.script, trial.env_id, scratch)
+    reference = reference_folder(trial.command, trial.env_id, scratch)
     folder = scratch / f"trial_{trial.number:03d}"
     for attempt in range(ATTEMPTS):
         launched = strike(trial, trial.draw(attempt), float((reference / "seconds.txt").read_text()), folder)
@@ -261,22 +287,22 @@ def strike(trial: Trial, drawn: float, seconds: float, folder: Path) -> Launched
     """Launch a run and kill one of its processes at the moment that `drawn`, of [0, 1), says."""
     if trial.moment == RANDOM:
         delay = drawn * LATEST * seconds
-        return launch(command(trial.script, trial.env_id), folder, {}, trial.rank, delay)
+        return launch(command_line(trial.command, trial.env_id), folder, {}, trial.rank, delay)
     marker = folder / "died"
-    env = {
+    variables = {
         "DYING_MOMENT": trial.moment,
         "DYING_CHECKPOINT": f"update_{1 + int(drawn * UPDATES):08d}",
         "DYING_MARKER": str(marker),
     }
     wrapper = (str(ROOT / "benchmarks" / "dying.py"),)
-    launched = launch(command(trial.script, trial.env_id, wrapper), folder, env)
+    launched = launch(command_line(trial.command, trial.env_id, wrapper), folder, variables)
     return launched._replace(killed_at=float(marker.read_text()) if marker.exists() else None)
 
 
 def judge(launched: Launched, folder: Path, reference: Path) -> Outcome:
     """Compare a run that was killed with the undisturbed one."""
     runs = run_folders(folder)
-    recovered = launched.returncode == 0 and len(runs) == 1 and last_checkpoint(runs[0]).exists()
+    recovered = launched.returncode == 0 and bool(runs) and last_checkpoint(runs[-1]).exists()
     (expected,) = run_folders(reference)
     restarted_at = launched.restarted_at[0] if launched.restarted_at else math.inf
     progress = find_updates(PROGRESS, launched.lines)
@@ -285,10 +311,13 @@ def judge(launched: Launched, folder: Path, reference: Path) -> Outcome:
     back_at = next((moment for moment, _ in progress if moment > restarted_at), None)
     return Outcome(
         recovered=recovered,
-        weights_equal=recovered and have_equal_weights(runs[0], expected),
-        logs_equal=recovered and scalars(runs[0]) == scalars(expected),
+        weights_equal=recovered and have_equal_weights(runs[-1], expected),
+        logs_equal=recovered and scalars(runs[-1]) == scalars(expected),
+        run_folders=len(runs),
         restarts=len(launched.restarted_at),
+        left=len(launched.left),
         killed_after=round(launched.killed_at - launched.start, 2) if launched.killed_at else None,
+        continued_after=continued_after,
         updates_redone=max(done - continued_after, min(1, UPDATES - continued_after)),
         seconds_to_update=round(back_at - launched.killed_at, 2) if back_at and launched.killed_at else None,
     )
@@ -300,8 +329,8 @@ def find_updates(pattern: re.Pattern, lines: list[tuple[float, str]]) -> list[tu
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Return the folders of the runs that were started in a folder."""
-    return list(folder.glob("logs/*/*"))
+    """Return the folders of the runs that were started in a folder, the last one last."""
+    return sorted(folder.glob("logs/*/*"))
 
 
 def last_checkpoint(run_folder: Path) -> Path:
@@ -334,24 +363,39 @@ def scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """Print what became of the runs in Markdown: a row for each script, environment and kind of kill, and the sum."""
-    print("| script | environment | killed | kills | recovered | weights bit-equal | logs bit-equal ", end="")
-    print("| updates redone, max | seconds to the next update, median | max |")
-    print("|" + " --- |" * 10)
-    for script, env_id, in_write in product(PROCESSES, ENVIRONMENTS, (False, True)):
-        kind = (script, env_id, in_write)
-        if group := [r for r in results if (r["script"], r["env_id"], r["moment"] != RANDOM) == kind]:
-            print_row([script, env_id, "in a checkpoint's write" if in_write else "at a random moment"], group)
-    print_row(["all", "", ""], results)
+    """Print what became of the runs in Markdown: a row for each command and environment, the sum, and the commands."""
+    print(
+        "| command | environment | kills | in a write | gone on from a checkpoint | recovered | weights bit-equal ",
+        end="",
+    )
+    print("| logs bit-equal | one run, one restart, no process left | updates redone, max ", end="")
+    print("| seconds to the next update, median | max |")
+    print("|" + " --- |" * 12)
+    for name, env_id in ROWS:
+        if group := [result for result in results if (result["command"], result["env_id"]) == (name, env_id)]:
+            print_row([name, env_id.split(":")[-1]], group)
+    print_row(["all", ""], results)
+    print()
+    for name, command in COMMANDS.items():
+        print(f"- {name}: `{command.line}`")
 
 
 def print_row(labels: list[str], results: list[dict[str, Any]]) -> None:
     """Print a row of the table."""
-    counts = [sum(result[name] for result in results) for name in ("recovered", "weights_equal", "logs_equal")]
-    redone = max(result["updates_redone"] for result in results)
-    seconds = [result["seconds_to_update"] for result in results if result["seconds_to_update"] is not None]
+    trials, outcomes = (
+        [kind(**{field.name: result[field.name] for field in fields(kind)}) for result in results]
+        for kind in (Trial, Outcome)
+    )
+    counts = [
+        sum(getattr(outcome, name) for outcome in outcomes)
+        for name in ("recovered", "weights_equal", "logs_equal", "tidy")
+    ]
+    in_writes = sum(trial.moment != RANDOM for trial in trials)
+    continued = sum(outcome.continued_after > 0 for outcome in outcomes)
+    redone = max(outcome.updates_redone for outcome in outcomes)
+    seconds = [outcome.seconds_to_update for outcome in outcomes if outcome.seconds_to_update is not None]
     times = [f"{median(seconds):.1f}", f"{max(seconds):.1f}"] if seconds else ["", ""]
-    print("|", *(f"{cell} |" for cell in [*labels, len(results), *counts, redone, *times]))
+    print("|", *(f"{cell} |" for cell in [*labels, len(results), in_writes, continued, *counts, redone, *times]))
 
 
 @dataclass
@@ -377,20 +421,20 @@ def main() -> None:
     results = (
         [json.loads(line) for line in campaign.results.read_text().splitlines()] if campaign.results.exists() else []
     )
-    done = [Trial(**{field.name: result[field.name] for field in fields(Trial)}) for result in results]
+    done = [Trial(**{field.name: result.get(field.name) for field in fields(Trial)}) for result in results]
     if not set(done) <= set(trials):
         sys.exit(
             f"error: {campaign.results} holds kills of another campaign: choose its --kills and --seed, or another file"
         )
     if not results:
-        for script, env_id in product(PROCESSES, ENVIRONMENTS):
-            shutil.rmtree(reference_folder(script, env_id, campaign.scratch), ignore_errors=True)
+        for row in ROWS:
+            shutil.rmtree(reference_folder(*row, campaign.scratch), ignore_errors=True)
     with tqdm(total=len(trials), initial=len(done), unit=" kills") as bar:
         for trial in trials:
             if trial in done:
                 continue
-            if not (reference_folder(trial.script, trial.env_id, campaign.scratch) / "seconds.txt").exists():
-                make_reference(trial.script, trial.env_id, campaign.scratch)
+            if not (reference_folder(trial.command, trial.env_id, campaign.scratch) / "seconds.txt").exists():
+                make_reference(trial.command, trial.env_id, campaign.scratch)
             result = asdict(trial) | asdict(run_trial(trial, campaign.scratch))
             results.append(result)
             with campaign.results.open("a") as file:

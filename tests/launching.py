@@ -1,9 +1,6 @@
 """Launch the scripts for real: each run in processes of its own, with a hard limit in time and none left behind."""
 
 import os
-import re
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,20 +14,12 @@ from uuid import uuid4
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.launches import BIN, environment, find_rank, free_port, kill_all, left_after
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers"
-BIN = Path(sys.executable).parent  # not resolved: in a virtual environment python is a link
 
 Answer = TypeVar("Answer")
-
-MARK = "PPO_TEST_LAUNCH"  # every process of a launch inherits this variable with a value of its own
-
-# What a launcher, a cluster, a shell or this pytest may have set and a launch must not inherit. Without
-# XDG_RUNTIME_DIR and SDL_* it is as in a bare container.
-UNWANTED = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
-    r"|(LT|PL|PET|TORCHELASTIC|SLURM|OMPI|PMI|PYTEST|OMP|MKL|SDL)_.*|PYTHON[A-Z]*|XDG_RUNTIME_DIR|COLUMNS"
-)
 
 
 class Running(NamedTuple):
@@ -38,7 +27,6 @@ class Running(NamedTuple):
 
     process: subprocess.Popen
     cwd: Path
-    mark: str
     files: tuple[IO[bytes], IO[bytes]]
 
     @property
@@ -51,8 +39,7 @@ class Running(NamedTuple):
 
     def rank(self, rank: int) -> int:
         """The process id of a rank, as soon as a launcher has started it."""
-        (process_id,) = self._wait(lambda: _running(f"{MARK}={self.mark}", f"RANK={rank}"), f"rank {rank}")
-        return process_id
+        return self._wait(lambda: find_rank(self.process.pid, rank), f"rank {rank}")
 
     def _wait(self, look: Callable[[], Answer], what: str, patience: float = 120) -> Answer:
         deadline = time.perf_counter() + patience
@@ -100,20 +87,6 @@ def fabric_run(processes: int, script: str | Path, *flags: str, options: tuple[s
     return [*launcher, str(ROOT / script), *flags]
 
 
-def free_port() -> int:
-    """A port that is free now, and that no other launch of these tests was given."""
-    while True:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        if port not in _ports_given:
-            _ports_given.add(port)
-            return port
-
-
-_ports_given: set[int] = set()
-
-
 def run(
     command: list[str],
     cwd: Path,
@@ -127,15 +100,13 @@ def run(
     When the time is over every process of the launch is killed, and the test fails with what they wrote. What is done
     `meanwhile` has a limit of its own, and the time begins after it.
     """
-    inherited = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
     mark = uuid4().hex
-    environment = inherited | {"CUDA_VISIBLE_DEVICES": ""} | dict(env or {}) | {MARK: mark}
     # Files instead of pipes: a process that is left behind would keep a pipe open, and us waiting.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
             command,
             cwd=cwd,
-            env=environment,
+            env=environment(mark, env or {}),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -145,14 +116,14 @@ def run(
             start = time.perf_counter()
             seen = None
             if meanwhile:
-                seen = meanwhile(Running(process, cwd, mark, (out, err)))
+                seen = meanwhile(Running(process, cwd, (out, err)))
                 start = time.perf_counter()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout)
             seconds = time.perf_counter() - start
-            left = _left_after(mark, patience=2) if process.returncode is not None else []
+            left = left_after(mark) if process.returncode is not None else []
         finally:
-            _kill(process, mark)
+            kill_all(process, mark)
         stdout, stderr = (_text(file) for file in (out, err))
     if seconds >= timeout:
         pytest.fail(f"{' '.join(command)}\ndid not end within {timeout} s\n{stdout[-5000:]}\n{stderr[-5000:]}")
@@ -166,40 +137,6 @@ def assert_no_process_is_left(finished: Finished) -> None:
 def _text(file: IO[bytes]) -> str:
     """All of a file. It is not moved to another place in it: that is where those who inherited it write."""
     return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
-
-
-def _running(*variables: str) -> dict[int, str]:
-    """The process ids and command lines of those who were started with all these variables, `NAME=value`.
-
-    So the processes of a launch are found. Its group is not enough: torchrun starts ranks in sessions.
-    """
-    found = {}
-    assert Path("/proc/self/environ").exists(), "the tests look for processes in /proc"
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it may end while we look
-            if {*variables} <= {*(process / "environ").read_text().split("\0")}:
-                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ").strip()
-    return found
-
-
-def _left_after(mark: str, patience: float) -> list[str]:
-    """What still runs when `patience` seconds have passed."""
-    deadline = time.perf_counter() + patience
-    while (left := _running(f"{MARK}={mark}")) and time.perf_counter() < deadline:
-        time.sleep(0.05)
-    return list(left.values())
-
-
-def _kill(process: subprocess.Popen, mark: str) -> None:
-    """Kill the launch's group and whatever else carries its mark, then wait for the launcher."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    while left := _running(f"{MARK}={mark}"):
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
 
 
 def files_below(folder: Path) -> list[Path]:
