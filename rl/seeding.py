@@ -31,5 +31,7 @@ def stream_seed(seed: int, purpose: Purpose, *index: int) -> int:
 
 
 def episode_seed(environment_seed: int, episode: int) -> int:
-    """Return the seed of an episode, below 2**31: a function of its environment's seed and its number."""
+    """Return the seed of an episode, below 2**31: that of its environment for episode 0, for others derived from it."""
+    if episode == 0:
+        return environment_seed
     return int(np.random.SeedSequence(environment_seed, spawn_key=(episode,)).generate_state(1)[0] >> 1)

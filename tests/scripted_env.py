@@ -22,11 +22,11 @@ SCRIPT = (
 class ScriptedEnv(gym.Env):
     """Plays the episodes of a script in turn, over and over, whatever the actions.
 
-    The observation is [number of the episode, steps taken in it] + offset. A reset with a seed starts over.
+    The observation is [number of the episode, steps taken in it] + offset.
 
     Args:
         script: the episodes.
-        by_seed: whether a reset with a seed starts at episode `seed % len(script)` instead of episode 0.
+        by_seed: whether the seed of a reset chooses the episode, `seed % len(script)`, instead of its turn.
         shape: of the observations, two numbers in all.
         dtype: of the observations.
         offset: is added to the observations.
@@ -49,10 +49,7 @@ class ScriptedEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        if seed is None:
-            self.episode += 1
-        else:
-            self.episode = seed % len(self.script) if self.by_seed else 0
+        self.episode = seed % len(self.script) if self.by_seed else self.episode + 1
         self.steps = 0
         return self._observe(), {}
 

@@ -31,7 +31,7 @@ def test_it_acts_as_the_agent_does_after_normalisation(env_id, flags):
     noise = draw_action_noise(agent.distribution, 1, range(6), seed=0, update=1)[0]
     with torch.no_grad():
         truth = agent.act(agent.observation_normalizer(observations), noise)
-    actions = torch.from_numpy(make_policy(agent)(observations.numpy(), noise.numpy()))
+    actions = torch.from_numpy(make_policy(agent, observations.numpy())(observations.numpy(), noise.numpy()))
     assert len(truth.unique()) > 1
     torch.testing.assert_close(actions, truth, rtol=1e-5, atol=1e-6)
 
@@ -42,4 +42,4 @@ def test_it_acts_with_the_weights_of_the_moment_it_was_made():
     observations, noise = np.ones((1, 4), dtype=np.float32), np.zeros((1, 2), dtype=np.float32)
     for best in (0, 1, 0):
         agent.actor[-1].bias.data = torch.eye(2)[best] * 100
-        assert make_policy(agent)(observations, noise).tolist() == [best]
+        assert make_policy(agent, observations)(observations, noise).tolist() == [best]

@@ -17,7 +17,7 @@ def clock(monkeypatch):
 
 def show_all(num_updates, enabled=True, scalars=None):
     args = CommonArgs(num_steps=1024, total_timesteps=1024 * num_updates + 5)
-    shown = Progress(args, enabled)
+    shown = Progress(args, args.num_steps, enabled)
     for update in range(1, num_updates + 1):
         shown.show(update, {"Rewards/rew_avg": 10.04 * update} if scalars is None else scalars)
     shown.close()
