@@ -5,7 +5,6 @@ import json
 import math
 import os
 import warnings
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from rl.envs import read_spaces
 from rl.launch import RunError, is_rank_zero, read_ranks, say
 from rl.normalize import RewardNormalizer
 from rl.peers import known_peers, say_first
+from rl.run_folder import is_whole
 
 Args = TypeVar("Args", bound=CommonArgs)
 
@@ -365,7 +365,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's thoughts about other pickles
-            if zipfile.ZipFile(path).testzip():  # torch does not look at the check sums of what it reads
+            if not is_whole(path):
                 raise ValueError
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = KINDS.keys() - set(checkpoint)
@@ -374,7 +374,7 @@ def _read(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} is no checkpoint of ours: it lacks {', '.join(sorted(missing))}")
     wrong = [key for key, kind in KINDS.items() if not isinstance(checkpoint[key], kind)]
-    if wrong or not all(isinstance(number, float) for number in checkpoint["scalars"].values()):
+    if wrong or not all(isinstance(number, float | int) for number in checkpoint["scalars"].values()):
         raise ValueError(
             f"{path} is no checkpoint of ours: it holds something else as {', '.join(wrong or ['scalars'])}"
         )

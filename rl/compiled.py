@@ -62,7 +62,8 @@ def compile_gradient_step(
         sum_over_ranks: adds up a tensor over the ranks that optimize.
         world_size: the number of these ranks.
     """
-    (group, *others) = optimizer.param_groups
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # without what Fabric wraps around it
+    group, *others = optimizer.param_groups
     if type(optimizer) is not torch.optim.Adam or others or group["amsgrad"] or group["maximize"]:
         say_first(
             "compiling", f"going on without compilation, which knows only plain Adam, not {_in_one_line(optimizer)}"

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 from rl.args import CommonArgs
 from rl.launch import is_rank_zero, say
@@ -37,7 +37,16 @@ def _is_last(checkpoint: Path) -> bool:
     """Return whether a checkpoint lies where a run has written it, and no later one that can be read beside it."""
     if checkpoint.parent.name != "checkpoints" or not checkpoint.match("update_*.ckpt"):
         return False
-    return not any(is_zipfile(other) for other in checkpoint.parent.glob("update_*.ckpt") if other > checkpoint)
+    return not any(is_whole(other) for other in checkpoint.parent.glob("update_*.ckpt") if other > checkpoint)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Return whether the check sums of a checkpoint are right; torch does not look at them."""
+    try:
+        with ZipFile(checkpoint) as file:
+            return file.testzip() is None
+    except (BadZipFile, OSError, ValueError, EOFError):
+        return False
 
 
 def run_before_restart() -> Path | None:

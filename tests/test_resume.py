@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl.args import TorchArgs
-from rl.checkpoint import Checkpoints
-from tests.launching import fabric_run, python, run, run_folders, scalars, torchrun
+from tests.launching import ROOT, fabric_run, python, run, run_folders, scalars, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
 DDP = ("--accelerator=cpu", "--strategy=ddp")
@@ -44,6 +42,7 @@ def checkpoint(run_folder: Path, update: int) -> Path:
 
 
 def start(command, flags, cwd):
+    cwd.mkdir(exist_ok=True)
     finished = run(command(*flags), cwd=cwd, timeout=120)
     assert finished.returncode == 0, finished.output
     (folder,) = run_folders(cwd)
@@ -193,20 +192,145 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     ]
 
 
-def test_a_run_resumed_from_an_older_checkpoint_replaces_those_after_it(tmp_path):
-    args = TorchArgs(total_timesteps=9 * 1024, keep_checkpoints=3)
-    agent = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.Adam(agent.parameters())
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A run of four updates whose checkpoints are all kept."""
+    flags = ["--total-timesteps=512", "--num-steps=128", "--keep-checkpoints=9", "--test-episodes=1"]
+    return start(partial(python, TORCH), flags, tmp_path_factory.mktemp("finished"))
 
-    def updates_on_disk():
-        return [int(path.stem.removeprefix("update_")) for path in sorted((tmp_path / "checkpoints").iterdir())]
 
-    before = Checkpoints(tmp_path, args)
-    for update in range(1, 6):
-        before.add(update, agent, optimizer, {}, [])
-        before.write()  # as at a run's end: now, and not in its own time
-    assert updates_on_disk() == [3, 4, 5]
-    resumed = Checkpoints(tmp_path, args)  # from update 3
-    resumed.add(4, agent, optimizer, {}, [])
-    resumed.write()
-    assert updates_on_disk() == [3, 4]
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["an older checkpoint", "a copy elsewhere"])
+def test_a_resume_from_what_is_not_the_last_of_a_run_goes_on_in_a_new_folder_and_touches_nothing(
+    finished_run, tmp_path, place
+):
+    cwd = finished_run.parents[2]
+    resumed = checkpoint(finished_run, 2)
+    if place == "a copy elsewhere":
+        (tmp_path / "b").mkdir()
+        resumed = Path(shutil.copy(resumed, tmp_path / "b" / "best.ckpt"))
+    before, folders = contents(finished_run), set(run_folders(cwd))
+    finished = run(python(TORCH, "--resume", str(resumed)), cwd, timeout=60)
+    assert finished.returncode == 0, finished.output
+    (new,) = set(run_folders(cwd)) - folders
+    assert finished.stderr.count(f"{resumed} is not the last checkpoint of a run: going on in a new folder") == 1
+    assert contents(finished_run) == before
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], ["best.ckpt"])
+    assert tensors(new).keys() == tensors(finished_run).keys()
+    assert all(torch.equal(value, tensors(finished_run)[key]) for key, value in tensors(new).items())
+    assert logged(new) == {
+        tag: [point for point in points if point[0] >= 256] for tag, points in logged(finished_run).items()
+    }
+
+
+def test_a_raised_budget_that_makes_the_annealed_learning_rate_jump_is_said_in_one_line(finished_run, tmp_path):
+    shutil.copytree(finished_run.parents[2], tmp_path / "copy")
+    (folder,) = run_folders(tmp_path / "copy")[:1]
+    flags = ["--resume", str(folder), "--total-timesteps=640"]
+    finished = run(python(TORCH, *flags), tmp_path / "copy", timeout=60)
+    assert finished.returncode == 0, finished.output
+    words = "with another --total-timesteps the learning rate, annealed, goes from 0.00025 to 0.0002"
+    assert finished.stderr.splitlines().count(words) == 1
+
+
+RETIRED = ["--env-id=LunarLander-v2", "--num-steps=100", "--total-timesteps=400", "--num-envs=3", *FLAGS[1:]]
+
+
+def test_a_run_is_resumed_with_its_own_command_line_retired_id_and_rounded_steps_included(tmp_path):
+    folder = start(partial(python, TORCH), RETIRED, tmp_path)
+    loaded = torch.load(checkpoint(folder, UPDATES), weights_only=True)
+    assert (loaded["update"], loaded["global_step"], loaded["args"]["num_steps"]) == (UPDATES, 4 * 102, 100)
+    expected = tensors(folder)
+    checkpoint(folder, UPDATES).unlink()
+    finished = run(python(TORCH, *RETIRED, "--resume", str(folder)), tmp_path, timeout=60)
+    assert finished.returncode == 0, finished.output
+    assert finished.stderr.count("LunarLander-v2 is retired, running its successor LunarLander-v3") == 1
+    assert all(torch.equal(value, expected[key]) for key, value in tensors(folder).items())
+
+
+@pytest.mark.parametrize("name", ["Unrepeatable", "UnrepeatableReward", "LivesOn"])
+def test_a_run_whose_environments_cannot_be_put_back_goes_on_with_new_episodes_and_one_line_says_so(tmp_path, name):
+    flags = [f"--env-id=tests.hard_envs:{name}-v0", "--num-steps=256", "--total-timesteps=1024", *FLAGS]
+    folder = start(partial(torchrun, 2, TORCH), flags, tmp_path)
+    for update in (3, 4):
+        checkpoint(folder, update).unlink()
+    finished = run(torchrun(2, TORCH, "--resume", str(folder)), tmp_path, timeout=60)
+    assert finished.returncode == 0, finished.output
+    assert finished.stderr.count("from here on the run is not bit for bit the one that was stopped") == 1
+    assert run_folders(tmp_path) == [folder]
+    assert checkpoint(folder, UPDATES).exists()
+
+
+@pytest.mark.parametrize("name", ["Float64", "SeededOnce", "SameArray"])
+def test_a_run_with_environments_of_an_unusual_make_is_resumed_bit_for_bit(tmp_path, name):
+    flags = [f"--env-id=tests.hard_envs:{name}-v0", "--num-steps=256", "--total-timesteps=1024", *FLAGS]
+    uninterrupted = start(partial(python, TORCH), [*flags, "--normalize-rewards"], tmp_path / "run")
+    folder = resume(partial(python, TORCH), uninterrupted, 2, tmp_path / "resumed")
+    expected = tensors(uninterrupted)
+    assert all(torch.equal(value, expected[key]) for key, value in tensors(folder).items())
+    assert logged(folder) == logged(uninterrupted)
+
+
+def test_an_edited_gradient_step_and_an_edited_agent_are_resumed_bit_for_bit(tmp_path):
+    """The compiled step and NumPy step aside at the start of both processes, so both take the shown way."""
+    edited = edit(tmp_path / "edited")
+    flags = ["--num-steps=256", "--total-timesteps=1024", "--compile", *FLAGS]
+    uninterrupted = start(partial(python, edited), flags, tmp_path / "run")
+    folder = resume(partial(python, edited), uninterrupted, 2, tmp_path / "resumed")
+    expected = tensors(uninterrupted)
+    assert all(torch.equal(value, expected[key]) for key, value in tensors(folder).items())
+
+
+def edit(folder):
+    """A fork of the suite with an L2 term in the script and an ELU in the agent."""
+    shutil.copytree(ROOT / "rl", folder / "rl")
+    script = (ROOT / TORCH).read_text()
+    shown = "losses.loss.backward()"
+    assert script.count(shown) == 1
+    l2 = "(losses.loss + 1e-3 * sum(weight.square().sum() for weight in agent.parameters())).backward()"
+    (folder / TORCH).write_text(script.replace(shown, l2))
+    agent = folder / "rl" / "agent.py"
+    assert agent.read_text().count("nn.ReLU") == 1
+    agent.write_text(agent.read_text().replace("nn.ReLU", "nn.ELU"))
+    return folder / TORCH
+
+
+def repack(path, **changes):
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def packed(states):
+    return [torch.frombuffer(bytearray(states), dtype=torch.uint8)]
+
+
+OBJECTS = b'[{"seed": 1, "episode": 0, "actions": {"dtype": "|O", "shape": [4]}}]\n' + bytes(64)
+HOSTILE = {
+    "arrays of objects": ({"environments": packed(OBJECTS)}, "damaged (an array of object)"),
+    "no states": ({"environments": packed(b"7")}, "damaged"),
+    "a state without a seed": ({"environments": packed(b'[{"episode": 0}]')}, "damaged"),
+    "a seed that is none": ({"environments": packed(b'[{"seed": "PCG64", "episode": 0}]')}, "damaged"),
+    "fewer environments": ({"environments": packed(b"[]")}, "fewer environments"),
+    "no list of environments": ({"environments": {}}, "something else as environments"),
+    "an agent that is a number": ({"agent": 5}, "something else as agent"),
+    "no weights": ({"agent": {}}, "does not fit"),
+    "an optimizer without groups": ({"optimizer": {}}, "does not fit"),
+    "scalars that are text": ({"scalars": {"Loss/loss": "low"}}, "something else as scalars"),
+    "an update that is text": ({"update": "2"}, "something else as update"),
+    "arguments of another type": ({"args": {"num_envs": "two"}}, "its num_envs is 'two'"),
+    "arguments out of bounds": ({"args": {"gamma": 7.0}}, "--gamma must be"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_in_one_line(finished_run, tmp_path, name):
+    changes, words = HOSTILE[name]
+    path = Path(shutil.copy(checkpoint(finished_run, 2), tmp_path / "hostile.ckpt"))
+    repack(path, **changes)
+    finished = run(python(TORCH, "--resume", str(path), "--num-steps=128"), tmp_path, timeout=60)
+    assert finished.returncode == 1
+    (line,) = finished.error_lines
+    assert words in line, line
+    assert "Traceback" not in finished.output
