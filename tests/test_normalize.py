@@ -64,8 +64,12 @@ def test_normalised_observations_are_clipped_at_ten_on_both_sides():
 
 
 def test_before_the_first_update_observations_stay_as_they_are():
-    observations = torch.tensor([[3.5, -9.0]])
-    assert torch.equal(ObservationNormalizer(Box(-np.inf, np.inf, (2,)))(observations), observations)
+    normalizer = ObservationNormalizer(Box(-np.inf, np.inf, (2,)))
+    observations = torch.tensor([[3.5, -9.0], [700.0, -1e9]])
+    assert torch.equal(normalizer(observations), observations)
+    assert normalizer.limit.tolist() == [np.inf, np.inf]
+    normalizer.update(moments(observations[None]))
+    assert normalizer.limit.tolist() == [10, 10]
 
 
 def test_normalising_changes_no_statistics():
