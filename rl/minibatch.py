@@ -58,10 +58,11 @@ class Batch(NamedTuple):
 
     def unpack(self, packed: Tensor) -> "Batch":
         """Return the batch that was packed; this batch gives the shapes and types, its own rows do not matter."""
-        columns = packed.split(self.field_bytes, dim=1)
+        # A copy of each column is aligned. `contiguous` would not copy that of a single row.
+        columns = [column.clone(memory_format=torch.contiguous_format) for column in packed.split(self.field_bytes, 1)]
         return Batch(
             *(
-                column.contiguous().view(field.dtype).reshape(len(packed), *field.shape[1:])
+                column.view(field.dtype).reshape(len(packed), *field.shape[1:])
                 for column, field in zip(columns, self, strict=True)
             )
         )

@@ -46,6 +46,8 @@ def normalize_advantages(advantages: Tensor, moments: Tensor) -> Tensor:
 class ObservationNormalizer(nn.Module):
     """Shifts and scales observations to mean 0 and variance 1 of all observations so far; images stay as they are.
 
+    The result is clipped to ±10. Before the first update there are no statistics, and observations stay as they are.
+
     During a rollout and the update that learns from it the statistics stand still, so that the policy that is
     improved is the one that acted.
     """
@@ -70,9 +72,15 @@ class ObservationNormalizer(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((variance + VARIANCE_EPSILON).sqrt())
 
+    @property
+    def limit(self) -> Tensor:
+        """What normalised observations are clipped to, float32 [D]: infinite before the first update."""
+        return torch.where(self.moments[0] > 0, LARGEST, torch.inf)
+
     def forward(self, observations: Tensor) -> Tensor:
         """Return normalised observations, float32 [..., D]."""
-        normalized = ((observations - self.mean) / self.std).clamp(-LARGEST, LARGEST)
+        limit = self.limit
+        normalized = ((observations - self.mean) / self.std).clamp(-limit, limit)
         return torch.where(self.is_vector, normalized, observations)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from rl.agent import Agent
 from rl.distributions import Categorical, DiagonalGaussian
-from rl.normalize import LARGEST, ObservationNormalizer
+from rl.normalize import ObservationNormalizer
 from rl.peers import say_first
 
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -86,14 +86,14 @@ def _numpy_policy(agent: Agent) -> tuple[Outputs, Policy]:
         agent.observation_normalizer if isinstance(agent.observation_normalizer, ObservationNormalizer) else None
     )
     if normalizer:
-        mean, std = normalizer.mean.numpy(), normalizer.std.numpy()
+        mean, std, limit = normalizer.mean.numpy(), normalizer.std.numpy(), normalizer.limit.numpy()
     if isinstance(agent.distribution, DiagonalGaussian):
         deviation = agent.distribution.log_std.detach().exp().numpy()
 
     def outputs(observations: np.ndarray) -> np.ndarray:
         features = observations
         if normalizer:
-            features = ((observations - mean) / std).clip(-LARGEST, LARGEST)
+            features = ((observations - mean) / std).clip(-limit, limit)
         for weight, bias in hidden:
             features = features @ weight
             features += bias

@@ -44,6 +44,19 @@ def test_the_features_of_an_image_are_those_of_the_network_written_out():
     assert len(expected.unique(dim=0)) == 5
 
 
+def test_the_layers_for_four_frames_of_84_x_84_are_those_of_mnih_et_al():
+    """32 filters of 8 x 8 with stride 4, 64 of 4 x 4 with stride 2, 64 of 3 x 3 with stride 1: 84 -> 20 -> 9 -> 7."""
+    network = encoder(Box(0, 255, (84, 84, 4), np.uint8))
+    weights = [parameter.shape for name, parameter in network.state_dict().items() if name.endswith("weight")]
+    assert weights == [(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (256, 64 * 7 * 7)]
+    sizes = []
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, inputs, outputs: sizes.append(outputs.shape[1:]))
+    assert network(bytes_of(2, 84, 84, 4)).shape == (2, 256)
+    assert sizes == [(32, 20, 20), (64, 9, 9), (64, 7, 7)]
+
+
 def test_channels_first_and_channels_last_give_the_same_features():
     last, pictures = encoder(BYTES_LAST), bytes_of(5, HEIGHT, WIDTH, 3)
     assert_close(encoder(BYTES_FIRST, like=last)(pictures.movedim(-1, 1)), last(pictures))

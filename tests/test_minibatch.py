@@ -180,6 +180,22 @@ def test_pack_writes_the_bytes_of_each_row_and_unpack_reads_them(observation, ac
         assert actual.numpy().tobytes() == expected[[4, 0]].numpy().tobytes()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("action", ["int64", "int8", "float32"])
+@pytest.mark.parametrize("observation", ["uint8", "float32"])
+def test_a_batch_of_few_rows_unpacks_what_it_packed(observation, action, rows):
+    """Some trainer is dealt a single row where there are as many trainers as rows."""
+    numbers = [random_bytes("float32", rows, seed=seed) for seed in range(4)]
+    observations = random_bytes(observation, rows, 5, seed=4)
+    for actions in (random_bytes(action, rows, seed=5), random_bytes(action, rows, 3, seed=5)):
+        batch = Batch(observations, actions, *numbers)
+        template = Batch(*(field[:0] for field in batch))
+        for unpacked in (batch.unpack(batch.pack()), template.unpack(batch.pack())):
+            for actual, expected in zip(unpacked, batch, strict=True):
+                assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+                assert actual.numpy().tobytes() == expected.numpy().tobytes()
+
+
 def numbered_rollout(env_indices, num_steps=3):
     """A rollout in which number 100 n + t stands wherever environment n took step t."""
     numbers = torch.tensor([[100 * n + t for n in env_indices] for t in range(num_steps)])

@@ -63,9 +63,25 @@ def test_normalised_observations_are_clipped_at_ten_on_both_sides():
     assert_close(normalizer(observations), torch.tensor([[9.5, -9.5], [10, -10], [10, -10]]))
 
 
+def test_an_observation_that_never_changed_is_divided_by_a_ten_thousandth():
+    """The variance is 0, and 1e-8 is added to it before the root is taken."""
+    normalizer = ObservationNormalizer(Box(-np.inf, np.inf, (2,)))
+    seen = torch.tensor([0.5, -3.0]).expand(4, 2, 2)
+    normalizer.update(moments(seen))
+    steps = np.array([0, 2.0**-14, -(2.0**-12), 2.0**-9, -1.0, 1e9])[:, None]
+    observations = np.array([0.5, -3.0]) + steps
+    expected = np.clip((observations - [0.5, -3.0]) / np.sqrt(0 + 1e-8), -10, 10)
+    np.testing.assert_allclose(normalizer(torch.from_numpy(observations).float()), expected, rtol=1e-5)
+    assert expected[:, 0].round(2).tolist() == [0, 0.61, -2.44, 10, -10, 10]
+
+
 def test_before_the_first_update_observations_stay_as_they_are():
-    observations = torch.tensor([[3.5, -9.0]])
-    assert torch.equal(ObservationNormalizer(Box(-np.inf, np.inf, (2,)))(observations), observations)
+    normalizer = ObservationNormalizer(Box(-np.inf, np.inf, (2,)))
+    observations = torch.tensor([[3.5, -9.0], [700.0, -1e9]])
+    assert torch.equal(normalizer(observations), observations)
+    assert normalizer.limit.tolist() == [np.inf, np.inf]
+    normalizer.update(moments(observations[None]))
+    assert normalizer.limit.tolist() == [10, 10]
 
 
 def test_normalising_changes_no_statistics():
@@ -147,6 +163,18 @@ def test_normalised_rewards_do_not_depend_on_the_scale_of_the_rewards_keep_their
     assert_close(normalized[0], normalized[1], rtol=1e-5, atol=0)
     assert torch.equal(normalized[0].sign(), rewards.sign())
     assert normalized[0].max() == 10
+
+
+def test_rewards_whose_discounted_sums_never_changed_are_divided_by_a_ten_thousandth():
+    """The variance is 0, and 1e-8 is added to it before the root is taken."""
+    rewards, every_step = torch.full((6, 2), 2.0**-12), torch.ones(6, 2, dtype=torch.bool)
+    for same in (rewards, torch.zeros(6, 2)):
+        normalizer = RewardNormalizer(2, GAMMA)
+        normalizer.update(normalizer.new_moments(same, every_step))
+        others = np.array([[0, 2.0**-12], [-(2.0**-14), 2.0**-9], [-1.0, 1e9]])
+        expected = np.clip(others / np.sqrt(0 + 1e-8), -10, 10)
+        np.testing.assert_allclose(normalizer(torch.from_numpy(others).float()), expected, rtol=1e-5)
+        assert expected.round(2).tolist() == [[0, 2.44], [-0.61, 10], [-10, 10]]
 
 
 @pytest.mark.parametrize("cut", [[8], [3, 5], [1, 1, 6]])

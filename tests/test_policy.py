@@ -36,6 +36,19 @@ def test_it_acts_as_the_agent_does_after_normalisation(env_id, flags):
     torch.testing.assert_close(actions, truth, rtol=1e-5, atol=1e-6)
 
 
+def test_before_the_first_update_large_observations_reach_the_network_as_they_are():
+    args = CommonArgs(env_id="LunarLanderContinuous-v3", normalize_observations=True)
+    torch.manual_seed(0)
+    agent = Agent(*read_spaces(args), args)
+    observations, noise = 1000 * torch.randn(6, 8), torch.zeros(6, 2)
+    with torch.no_grad():
+        truth = agent.act(observations, noise)
+        clipped = agent.act(observations.clamp(-10, 10), noise)
+    actions = torch.from_numpy(make_policy(agent, observations.numpy())(observations.numpy(), noise.numpy()))
+    torch.testing.assert_close(actions, truth, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(truth, clipped, rtol=0.1)
+
+
 def test_it_acts_with_the_weights_of_the_moment_it_was_made():
     args = CommonArgs()
     agent = Agent(*read_spaces(args), args)

@@ -11,7 +11,7 @@ import train_torch
 from rl.args import TorchArgs
 from rl.cli import parse
 from rl.launch import leave
-from tests.launching import WORKERS, assert_no_process_is_left, run, run_folders, torchrun
+from tests.launching import ROOT, WORKERS, assert_no_process_is_left, fabric_run, run, run_folders, torchrun
 
 BOUND = 0.3
 EPOCHS, STEPS_OF_AN_EPOCH = 3, 2
@@ -50,6 +50,27 @@ def test_both_ranks_stop_after_the_first_epoch_where_their_mean_exceeds_the_boun
     epochs = [1 if (kl(a) + kl(b)) / 2 > BOUND else EPOCHS for a, b in SHIFTS]
     for rank in ranks[0]:
         assert rank["steps"] == [STEPS_OF_AN_EPOCH * count for count in epochs]
+
+
+@pytest.mark.parametrize(
+    ("processes", "script", "options"),
+    [
+        (2, "train_fabric.py", ("--accelerator=cpu", "--strategy=ddp")),
+        (3, "train_fabric_decoupled.py", ()),
+    ],
+)
+def test_with_fabric_the_mean_over_those_that_optimize_decides_as_well(processes, script, options, tmp_path):
+    flags = f"--num-steps 64 --total-timesteps {64 * len(SHIFTS)} --num-envs 2 --per-rank-batch-size 16 --no-compile"
+    flags += f" --update-epochs {EPOCHS} --target-kl {BOUND} --learning-rate 1e-12 --test-episodes 1"
+    worker = [WORKERS / "shift_ratios.py", str(tmp_path), json.dumps(SHIFTS), str(ROOT / script), *flags.split()]
+    command = fabric_run(processes, *worker, options=options)
+    finished = run(command, tmp_path, timeout=90, env={"PYTHONPATH": str(ROOT)})
+    assert finished.returncode == 0, finished.output
+    assert_no_process_is_left(finished)
+    epochs = [1 if (kl(a) + kl(b)) / 2 > BOUND else EPOCHS for a, b in SHIFTS]
+    for place in range(2):
+        steps = json.loads((tmp_path / f"steps{place}.json").read_text())
+        assert steps == [STEPS_OF_AN_EPOCH * count for count in epochs]
 
 
 def test_the_statistics_of_observations_are_those_of_all_that_both_ranks_have_seen(ranks):
