@@ -31,6 +31,8 @@ class RunArgs:
     """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
     test_episodes: int = 10
     """Greedy episodes after training; their mean return is logged."""
+    max_test_steps: int = 27_000
+    """Steps after which a test episode that has not ended is cut."""
     checkpoint_every: int = 1
     """Updates between two checkpoints on the disk; however the run ends, that of the last update is written, too."""
     keep_checkpoints: int = 2
@@ -150,7 +152,7 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         for names, holds, bounds in (
             (("num_envs", "num_steps", "per_rank_batch_size", "update_epochs"), lambda x: x >= 1, "at least 1"),
             (
-                ("total_timesteps", "test_episodes", "checkpoint_every", "keep_checkpoints"),
+                ("total_timesteps", "test_episodes", "max_test_steps", "checkpoint_every", "keep_checkpoints"),
                 lambda x: x >= 1,
                 "at least 1",
             ),
@@ -160,12 +162,15 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
             (("noise_correlation",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
             (
-                ("learning_rate", "clip_coef", "max_grad_norm", "timeout"),
+                ("learning_rate", "clip_coef", "max_grad_norm"),
                 lambda x: 0 < x < math.inf,
                 "a finite number above 0",
             ),
+            (("timeout",), lambda x: 0 < x <= 1e6, "above 0 and at most 1e6"),  # a timedelta overflows later
             (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
             (("exp_name",), lambda x: re.fullmatch(r"[\w.-]+", x), "letters, digits, '.', '_' and '-' only"),
+            (("exp_name",), lambda x: len(x.encode()) <= 100, "at most 100 bytes long"),  # a file's name has 255
+            (("resume",), lambda x: x != "", "a run's folder or one of its checkpoints"),
         ):
             for name in names:
                 if not holds(getattr(self, name)):

@@ -30,6 +30,7 @@ CHANGEABLE = {
     "num_envs",
     "capture_video",
     "test_episodes",
+    "max_test_steps",
     "checkpoint_every",
     "keep_checkpoints",
     "resume",

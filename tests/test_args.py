@@ -44,6 +44,9 @@ BOUNDS = {
     "ent_coef": ("a finite number of at least 0", [-0.1, INF, NAN], [0.0]),
     "vf_coef": ("a finite number of at least 0", [-0.1, INF, NAN], [0.0]),
     "exp_name": ("letters, digits, '.', '_' and '-' only", ["", "a b", "a/b", "a\n"], ["A.b_c-1"]),
+    "timeout": ("above 0 and at most 1e6", [0.0, 1e300, INF, NAN], [1e-9, 1e6]),
+    "max_test_steps": ("at least 1", [0], [1]),
+    "resume": ("a run's folder or one of its checkpoints", [""], [None, "run"]),
 }
 
 
@@ -59,6 +62,13 @@ def test_a_value_out_of_bounds_is_refused_with_its_flag_and_its_bounds(name, bou
 @pytest.mark.parametrize(("name", "value"), [(name, good) for name, (*_, goods) in BOUNDS.items() for good in goods])
 def test_a_value_on_its_bound_is_accepted(name, value):
     assert getattr(CommonArgs(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "é" * 51])
+def test_a_name_of_an_experiment_that_fits_into_no_file_name_is_refused(name):
+    assert CommonArgs(exp_name="a" * 100).exp_name
+    with pytest.raises(ValueError, match=r"^--exp-name must be at most 100 bytes long, got "):
+        CommonArgs(exp_name=name)
 
 
 def test_a_player_on_the_gpu_needs_trainers_on_the_gpu():
