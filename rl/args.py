@@ -13,6 +13,7 @@ import tyro
 from rl.presets import PRESETS
 
 COMPILE_FROM = 20_000  # gradient steps: each then takes a millisecond less, and compiling takes 5 to 20 seconds
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric run`, those that train_fabric.py follows
 
 
 @dataclass
@@ -264,6 +265,17 @@ class FabricArgs(CommonArgs):
         """
         if world_size > 1 and "LT_CLI_USED" not in os.environ:
             raise ValueError("several processes of train_fabric.py are started with `fabric run`, see README.md")
+        _check_precision()
+        strategy, accelerator = os.environ.get("LT_STRATEGY", "auto"), os.environ.get("LT_ACCELERATOR", "cpu")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"--strategy={strategy} is not supported: train_fabric.py runs with --strategy=ddp")
+        if accelerator in ("gpu", "cuda"):
+            from torch import cuda  # here, so that only a run on a GPU waits for torch before its flags are checked
+
+            if not cuda.is_available():
+                raise ValueError(
+                    f"--accelerator={accelerator} needs a GPU, and PyTorch sees none: choose --accelerator=cpu"
+                )
         super().check_processes(world_size)
 
 
@@ -304,6 +316,7 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
                 "one process is too few for a player and a trainer: "
                 "start with `fabric run --devices=2 train_fabric_decoupled.py`, or more devices"
             )
+        _check_precision()
         super().check_processes(world_size)
         if (trainers := world_size - 1) > (steps := self.rounded(world_size).num_steps):
             raise ValueError(f"{trainers} trainers cannot share {steps} experiences: raise --num-steps")
@@ -311,6 +324,16 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
     def env_processes(self, world_size: int) -> int:
         """Return how many processes run environments: the player alone."""
         return 1
+
+
+def _check_precision() -> None:
+    """Check the precision that `fabric run` was given; the scripts compute in float32 alone.
+
+    Raises:
+        ValueError: with one line, if it is another.
+    """
+    if (precision := os.environ.get("LT_PRECISION", "32-true")) not in ("32", "32-true"):
+        raise ValueError(f"--precision={precision} is not supported: the scripts train in --precision=32-true")
 
 
 def _json_or_text(value: str) -> Any:

@@ -151,6 +151,38 @@ def test_several_processes_of_the_script_with_fabric_need_fabric_run(monkeypatch
     FabricArgs().check_processes(2)
 
 
+@pytest.mark.parametrize("script_args", [FabricArgs, DecoupledArgs])
+@pytest.mark.parametrize("precision", ["64", "16-mixed", "bf16-true"])
+def test_a_precision_that_the_scripts_do_not_train_in_is_refused(monkeypatch, script_args, precision):
+    monkeypatch.setenv("LT_CLI_USED", "1")
+    monkeypatch.setenv("LT_PRECISION", precision)
+    with pytest.raises(ValueError, match=rf"^--precision={precision} is not supported: .*=32-true$"):
+        script_args().check_processes(2)
+    for supported in ("32", "32-true"):
+        monkeypatch.setenv("LT_PRECISION", supported)
+        script_args().check_processes(2)
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp", "deepspeed", "deepspeed_stage_3"])
+def test_a_strategy_that_the_script_with_fabric_does_not_follow_is_refused(monkeypatch, strategy):
+    monkeypatch.setenv("LT_STRATEGY", strategy)
+    with pytest.raises(ValueError, match=rf"^--strategy={strategy} is not supported: .*=ddp$"):
+        FabricArgs().check_processes(1)
+    for supported in ("auto", "ddp", "ddp_find_unused_parameters_true"):
+        monkeypatch.setenv("LT_STRATEGY", supported)
+        FabricArgs().check_processes(1)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_gpu_for_the_script_with_fabric_is_refused_where_there_is_none(monkeypatch, accelerator):
+    monkeypatch.setenv("LT_ACCELERATOR", accelerator)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"^--accelerator={accelerator} needs a GPU, .* --accelerator=cpu"):
+        FabricArgs().check_processes(1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    FabricArgs().check_processes(1)
+
+
 def test_rounding_is_said_in_one_line(monkeypatch, capsys):
     set_ranks(monkeypatch, world_size=3)
     assert parse(TorchArgs, ["--num-steps", "1000"]).num_steps == 1008
