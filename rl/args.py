@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric ru
 class RunArgs:
     """How long is trained, and what is left behind."""
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(sorted(PRESETS))}}}")] = None
     """Flags tuned for an environment and one process (rl/presets.py); what else is given wins."""
     total_timesteps: int = 98_304
     """Environment steps in the whole run, over all environments of all processes."""
@@ -119,9 +120,9 @@ class PPOArgs:
     gamma: float = 0.999
     """Discount factor of the rewards."""
     gae_lambda: float = 0.98
-    """λ of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
+    """Lambda of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
     clip_coef: float = 0.2
-    """ε of the surrogate objective: how far the probability ratio may leave 1."""
+    """Epsilon of the surrogate objective: how far the probability ratio may leave 1."""
     clip_vloss: bool = False
     """Use the larger of the clipped and the unclipped squared error of the values."""
     ent_coef: float = 0.0
@@ -202,6 +203,15 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
     def env_processes(self, world_size: int) -> int:
         """Return how many processes run environments."""
         return world_size
+
+    def network_bytes(self, num_features: int) -> int:
+        """Return about what policy and value function take: weights, gradients and Adam's two moments, in float32.
+
+        Args:
+            num_features: of an observation, as the first layer sees it.
+        """
+        weights = sum((inputs + 1) * outputs for inputs, outputs in pairwise((num_features, *self.hidden_sizes)))
+        return 2 * weights * 4 * 4
 
     def rollout_length(self, world_size: int) -> int:
         """Return T, the steps that each environment takes before an update."""

@@ -265,6 +265,58 @@ def test_bare_boolean_flags_their_negations_and_underscores_are_accepted():
     assert args.num_envs == 2
 
 
+SPELLINGS = {True: ["--{}", "--{} True", "--{}=true", "--{}=True"], False: ["--no-{}", "--{} False", "--{}=false"]}
+
+
+@pytest.mark.parametrize("name", ["capture_video", "anneal_lr", "clip-vloss", "compile", "cuda"])
+@pytest.mark.parametrize(("value", "spelling"), [(v, each) for v, spellings in SPELLINGS.items() for each in spellings])
+def test_a_truth_value_may_be_written_out(name, value, spelling):
+    argv = [*spelling.format(name).split(), "--seed", "1"]
+    assert getattr(parse(TorchArgs, argv), name.replace("-", "_")) is value
+
+
+def test_a_truth_value_that_is_none_is_refused():
+    for argv in (["--cuda", "maybe"], ["--cuda=2"], ["--no-cuda", "True"], ["True"]):
+        with pytest.raises(SystemExit):
+            parse(TorchArgs, argv)
+
+
+def test_whole_numbers_may_be_written_in_scientific_notation():
+    args = parse(TorchArgs, ["--total-timesteps", "1e6", "--num-steps=2.048E3", "--hidden-sizes", "1e2", "64"])
+    assert (args.total_timesteps, args.num_steps, args.hidden_sizes) == (1_000_000, 2048, (100, 64))
+    assert [type(number) for number in (args.total_timesteps, *args.hidden_sizes)] == [int] * 3
+
+
+@pytest.mark.parametrize("number", ["1.5e0", "1e-1", "1e999", "inf", "nan", "many", ""])
+def test_a_number_that_is_not_whole_is_refused(capsys, number):
+    with pytest.raises(SystemExit):
+        parse(TorchArgs, ["--total-timesteps", number])
+    assert "--total-timesteps" in capsys.readouterr().err
+
+
+def test_networks_that_do_not_fit_into_memory_are_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse(TorchArgs, ["--hidden-sizes", "64", "10000000", "10000000"])
+    line = r"error: --hidden-sizes 64 10000000 10000000: .* take 3,200,021 GB, this machine has \d+ GB\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+    assert parse(TorchArgs, ["--hidden-sizes", "1000", "1000"]).hidden_sizes == (1000, 1000)
+
+
+def test_what_the_networks_take_is_counted_in_weights_gradients_and_adams_two_moments():
+    weights = (4 + 1) * 7 + (7 + 1) * 3
+    assert CommonArgs(hidden_sizes=(7, 3)).network_bytes(num_features=4) == 2 * weights * 4 * 4
+    assert CommonArgs(hidden_sizes=()).network_bytes(num_features=4) == 0
+
+
+@pytest.mark.parametrize("script_args", [TorchArgs, FabricArgs, DecoupledArgs])
+def test_help_can_be_printed_on_any_terminal(capsys, script_args):
+    with pytest.raises(SystemExit):
+        parse(script_args, ["--help"])
+    letters = {letter for letter in capsys.readouterr().out if not letter.isascii()}
+    assert letters <= set("╭─╮│╰╯")  # tyro leaves its boxes out where they cannot be printed
+
+
 def test_arguments_that_are_not_given_keep_their_defaults():
     assert parse(TorchArgs, []) == TorchArgs()
     assert parse(FabricArgs, []) == FabricArgs()
