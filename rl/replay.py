@@ -13,6 +13,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rl.launch import RunError
 
+# The usual types of a reward; others are looked at, which takes longer.
+NUMBERS = frozenset({float, int, bool, np.float64, np.float32, np.int64, np.bool_})
 LEAST_ROOM = 1000  # vector steps, after which those that no running episode needs are dropped
 
 
@@ -87,9 +89,11 @@ class ReplayableEnvs(SyncVectorEnv):
             seed = [None if seed is None else seed + index for index in range(self.num_envs)]
         for index, (env, env_seed) in enumerate(zip(self.envs, seed, strict=True)):
             try:
-                self.observations[index], _ = env.reset(seed=env_seed, options=options)
+                observation, _ = env.reset(seed=env_seed, options=options)
+                _check(observation, 0.0, self.observations.shape[1:])
+                self.observations[index] = observation
             except (Exception, SystemExit) as error:
-                raise _failure(index, error) from error
+                raise _failure(index, error, " in a reset") from error
         self.episode_returns[:] = 0
         self.episode_lengths[:] = 0
         self.first[:] = self.num_steps
@@ -103,16 +107,20 @@ class ReplayableEnvs(SyncVectorEnv):
         self.actions[self.num_steps] = actions
         self.num_steps += 1
         final_observations: dict[int, np.ndarray] = {}
+        shape = self.observations.shape[1:]
         for index, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             try:
                 observation, reward, terminated, truncated, _ = env.step(action)
+                if type(reward) not in NUMBERS or getattr(observation, "shape", None) != shape:
+                    _check(observation, reward, shape)
                 if terminated or truncated:
                     final_observations[index] = observation
                     observation, _ = env.reset()
+                    _check(observation, reward, shape)
+                self.observations[index] = observation
+                self.rewards[index] = reward
             except (Exception, SystemExit) as error:
                 raise _failure(index, error) from error
-            self.observations[index] = observation
-            self.rewards[index] = reward
             self.terminations[index] = terminated
             self.truncations[index] = truncated
         self.episode_returns += self.rewards
@@ -182,9 +190,21 @@ class ReplayableEnvs(SyncVectorEnv):
         self.first = first
 
 
-def _failure(index: int, error: BaseException) -> EnvironmentFailure:
+def _failure(index: int, error: BaseException, when: str = "") -> EnvironmentFailure:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    return EnvironmentFailure(f"environment {index}", reason)
+    return EnvironmentFailure(f"environment {index}", reason, when)
+
+
+def _check(observation: Any, reward: Any, shape: tuple[int, ...]) -> None:
+    """Check what an environment returned. NumPy would spread one number over the whole row, and read a text.
+
+    Raises:
+        TypeError: if the observation has another shape than was declared, or the reward is no number.
+    """
+    if np.shape(observation) != shape:
+        raise TypeError(f"the observation has shape {np.shape(observation)}, not {shape}")
+    if np.shape(reward) or np.asarray(reward).dtype.kind not in "biuf":
+        raise TypeError(f"the reward is {reward!r}, no number")
 
 
 def _renew_world(env: gym.Env) -> None:

@@ -1,0 +1,129 @@
+"""What an environment returns against its word ends in one line that names the environment, the step and what came."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from rl.agent import Agent
+from rl.args import CommonArgs
+from rl.distributions import draw_action_noise
+from rl.envs import make_envs, read_spaces, reset_envs
+from rl.launch import RunError
+from rl.rollout import collect_rollout
+
+ENV_ID = "Told-v0"
+GOOD = np.zeros(4, dtype=np.float32)
+
+
+class ToldEnv(gym.Env):
+    """Returns what it is told to: `observations` and `rewards` say what is not as it should be, by step.
+
+    The steps are counted over all episodes; an episode has 4.
+    """
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2)
+    observations, rewards = {}, {}  # by (environment, step), after "reset" the first observation of all
+    made = 0
+
+    def __init__(self):
+        self.index, self.steps = None, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if self.index is None:
+            self.index, ToldEnv.made = ToldEnv.made, ToldEnv.made + 1
+        return self.observations.get((self.index, "reset" if self.steps == 0 else f"reset {self.steps}"), GOOD), {}
+
+    def step(self, action):
+        place = self.index, self.steps
+        self.steps += 1
+        return self.observations.get(place, GOOD), self.rewards.get(place, 1.0), self.steps % 4 == 0, False, {}
+
+
+gym.register(ENV_ID, ToldEnv)
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch):
+    """The environments to be told what to return."""
+    monkeypatch.setattr(ToldEnv, "made", 0)
+    monkeypatch.setattr(ToldEnv, "observations", {})
+    monkeypatch.setattr(ToldEnv, "rewards", {})
+    return ToldEnv
+
+
+def roll_out(num_steps=8):
+    args = CommonArgs(env_id=ENV_ID)
+    envs, agent = make_envs(args, 2), Agent(*read_spaces(args), args)
+    noise = draw_action_noise(agent.distribution, num_steps, range(2), seed=1, update=1)
+    return collect_rollout(agent, envs, reset_envs(envs, seed=1, first_index=0), noise)
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("1.0", r"the reward is '1.0', no number"),
+        (b"1.0", r"the reward is b'1.0', no number"),
+        (np.str_("1.0"), r"the reward is np.str_\('1.0'\), no number"),
+        (np.array([1.0]), r"the reward is array\(\[1.\]\), no number"),
+        (np.zeros((2, 2)), r"the reward is array\(\[\[0., 0.\], \[0., 0.\]\]\), no number"),
+        (torch.ones(1), r"the reward is tensor\(\[1.\]\), no number"),
+        ([1.0], r"the reward is \[1.0\], no number"),
+        (None, r"the reward is None, no number"),
+        (1j, r"the reward is 1j, no number"),
+    ],
+)
+def test_a_reward_that_is_no_number_is_named_with_its_environment_and_step(told, reward, words):
+    told.rewards[1, 5] = reward
+    with pytest.raises(RunError, match=rf"^environment 1 failed in step 5: TypeError: {words}$"):
+        roll_out()
+
+
+@pytest.mark.parametrize(
+    "reward", [2, True, 2.0, np.float32(2), np.int8(2), np.bool_(True), np.array(2), torch.tensor(2)]
+)
+def test_a_reward_may_be_a_number_of_any_type(told, reward):
+    told.rewards[1, 5] = reward
+    assert roll_out()[0].rewards[5].tolist() == [1.0, float(reward)]
+
+
+@pytest.mark.parametrize("observation", [np.zeros(1), np.zeros(5), np.zeros((1, 4)), 0.0, [0.0], None])
+@pytest.mark.parametrize("step", [3, 5, "reset 4"])  # step 3 ends an episode, and the reset belongs to it
+def test_an_observation_of_another_shape_is_named_with_its_environment_and_step(told, observation, step):
+    told.observations[1, step] = observation
+    with pytest.raises(RunError) as error:
+        roll_out()
+    words = f"TypeError: the observation has shape {np.shape(observation)}, not (4,)"
+    assert str(error.value) == f"environment 1 failed in step {3 if step == 'reset 4' else step}: {words}"
+
+
+def test_an_observation_of_another_shape_at_the_first_reset_is_named(told):
+    told.observations[1, "reset"] = np.zeros(1)
+    with pytest.raises(RunError) as error:
+        roll_out()
+    assert str(error.value) == "environment 1 failed in a reset: TypeError: the observation has shape (1,), not (4,)"
+
+
+def test_an_observation_may_be_a_list(told):
+    told.observations[1, "reset"] = told.observations[1, 4] = [0.5] * 4
+    rollout, *_ = roll_out()
+    assert rollout.raw_observations[0, 1].tolist() == rollout.raw_observations[5, 1].tolist() == [0.5] * 4
+
+
+def test_an_observation_that_is_no_number_is_named(told):
+    told.observations[1, 5] = np.array(["a"] * 4)
+    with pytest.raises(RunError, match=r"^environment 1 failed in step 5: ValueError: could not convert string"):
+        roll_out()
+
+
+def test_a_nan_right_after_the_reset_is_said_to_be_there(told):
+    told.observations[1, "reset"] = np.array([0, np.nan, 0, 0], dtype=np.float32)
+    with pytest.raises(RunError, match=r"^environment 1 returned a NaN or infinite observation after the reset: nan$"):
+        roll_out()
+
+
+def test_a_nan_in_the_first_step_is_said_to_be_there(told):
+    told.observations[1, 0] = GOOD * np.nan
+    with pytest.raises(RunError, match=r"^environment 1 returned a NaN or infinite observation in step 0: nan$"):
+        roll_out()
