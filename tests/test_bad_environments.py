@@ -9,6 +9,7 @@ from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.distributions import draw_action_noise
 from rl.envs import make_envs, read_spaces, reset_envs
+from rl.evaluate import evaluate
 from rl.launch import RunError
 from rl.rollout import collect_rollout
 
@@ -127,3 +128,26 @@ def test_a_nan_in_the_first_step_is_said_to_be_there(told):
     told.observations[1, 0] = GOOD * np.nan
     with pytest.raises(RunError, match=r"^environment 1 returned a NaN or infinite observation in step 0: nan$"):
         roll_out()
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
+def test_a_reward_in_a_test_episode_that_is_not_finite_is_named_with_its_episode(told, reward):
+    told.rewards[3, 2] = reward
+    args = CommonArgs(env_id=ENV_ID)
+    words = f"test episode 3 has a NaN or infinite reward in step 2: {reward}"
+    with pytest.raises(RunError, match=rf"^{words}$"):
+        evaluate(Agent(*read_spaces(args), args), args, 5, seed=7)
+
+
+def test_a_reward_after_the_end_of_a_test_episode_does_not_matter(told):
+    args = CommonArgs(env_id=ENV_ID)
+    told.rewards.update({(1, 4): np.nan, (0, 3): 7.0})
+    returns = evaluate(Agent(*read_spaces(args), args), args, 2, seed=7).returns
+    assert returns.tolist() == [10.0, 4.0]
+
+
+def test_a_test_episode_without_an_end_is_cut_where_the_run_says_so(capsys):
+    args = CommonArgs(env_id=ENV_ID, max_test_steps=3)
+    results = evaluate(Agent(*read_spaces(args), args), args, 2, seed=7)
+    assert (results.returns.tolist(), results.lengths.tolist()) == ([3.0, 3.0], [3, 3])
+    assert "2 test episodes had no end after 3 steps and count as they stood" in capsys.readouterr().err
