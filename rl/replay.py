@@ -74,6 +74,7 @@ class ReplayableEnvs(SyncVectorEnv):
     def __init__(self, make_env: Sequence[Callable[[], ReplayableEnv]]) -> None:
         super().__init__(make_env, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
         self.observations = np.zeros(self.observation_space.shape, dtype=self.observation_space.dtype)
+        self.shape = self.observations.shape[1:]  # of one observation
         self.rewards = np.zeros(self.num_envs)
         self.terminations = np.zeros(self.num_envs, dtype=bool)
         self.truncations = np.zeros(self.num_envs, dtype=bool)
@@ -90,7 +91,7 @@ class ReplayableEnvs(SyncVectorEnv):
         for index, (env, env_seed) in enumerate(zip(self.envs, seed, strict=True)):
             try:
                 observation, _ = env.reset(seed=env_seed, options=options)
-                _check(observation, 0.0, self.observations.shape[1:])
+                _check(observation, 0.0, self.shape)
                 self.observations[index] = observation
             except (Exception, SystemExit) as error:
                 raise _failure(index, error, " in a reset") from error
@@ -107,7 +108,7 @@ class ReplayableEnvs(SyncVectorEnv):
         self.actions[self.num_steps] = actions
         self.num_steps += 1
         final_observations: dict[int, np.ndarray] = {}
-        shape = self.observations.shape[1:]
+        shape = self.shape
         for index, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             try:
                 observation, reward, terminated, truncated, _ = env.step(action)
