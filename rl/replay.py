@@ -75,6 +75,7 @@ class ReplayableEnvs(SyncVectorEnv):
         super().__init__(make_env, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
         self.observations = np.zeros(self.observation_space.shape, dtype=self.observation_space.dtype)
         self.shape = self.observations.shape[1:]  # of one observation
+        self.length = self.shape[0] if len(self.shape) == 1 else None  # tells vectors apart, faster than the shape
         self.rewards = np.zeros(self.num_envs)
         self.terminations = np.zeros(self.num_envs, dtype=bool)
         self.truncations = np.zeros(self.num_envs, dtype=bool)
@@ -108,11 +109,11 @@ class ReplayableEnvs(SyncVectorEnv):
         self.actions[self.num_steps] = actions
         self.num_steps += 1
         final_observations: dict[int, np.ndarray] = {}
-        shape = self.shape
+        shape, length = self.shape, self.length
         for index, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             try:
                 observation, reward, terminated, truncated, _ = env.step(action)
-                if type(reward) not in NUMBERS or getattr(observation, "shape", None) != shape:
+                if type(reward) not in NUMBERS or len(observation) != length:
                     _check(observation, reward, shape)
                 if terminated or truncated:
                     final_observations[index] = observation

@@ -89,7 +89,7 @@ def test_a_reward_may_be_a_number_of_any_type(told, reward):
     assert roll_out()[0].rewards[5].tolist() == [1.0, float(reward)]
 
 
-@pytest.mark.parametrize("observation", [np.zeros(1), np.zeros(5), np.zeros((1, 4)), 0.0, [0.0], None])
+@pytest.mark.parametrize("observation", [np.zeros(1), np.zeros(5), np.zeros((1, 4)), [0.0]])
 @pytest.mark.parametrize("step", [3, 5, "reset 4"])  # step 3 ends an episode, and the reset belongs to it
 def test_an_observation_of_another_shape_is_named_with_its_environment_and_step(told, observation, step):
     told.observations[1, step] = observation
@@ -99,11 +99,44 @@ def test_an_observation_of_another_shape_is_named_with_its_environment_and_step(
     assert str(error.value) == f"environment 1 failed in step {3 if step == 'reset 4' else step}: {words}"
 
 
-def test_an_observation_of_another_shape_at_the_first_reset_is_named(told):
-    told.observations[1, "reset"] = np.zeros(1)
+@pytest.mark.parametrize("observation", [np.zeros(1), np.zeros((4, 1)), np.zeros((1, 4)), 0.0, None])
+def test_an_observation_of_another_shape_at_the_first_reset_is_named(told, observation):
+    told.observations[1, "reset"] = observation
     with pytest.raises(RunError) as error:
         roll_out()
-    assert str(error.value) == "environment 1 failed in a reset: TypeError: the observation has shape (1,), not (4,)"
+    words = f"TypeError: the observation has shape {np.shape(observation)}, not (4,)"
+    assert str(error.value) == f"environment 1 failed in a reset: {words}"
+
+
+@pytest.mark.parametrize(
+    ("observation", "words"),
+    [
+        (0.0, "TypeError: object of type 'float' has no len()"),
+        (None, "TypeError: object of type 'NoneType' has no len()"),
+        (np.zeros(()), "TypeError: len() of unsized object"),
+        (np.zeros((4, 1)), "ValueError: could not broadcast input array from shape (4,1) into shape (4,)"),
+    ],
+)
+def test_an_observation_that_cannot_be_taken_is_named_with_its_environment_and_step(told, observation, words):
+    told.observations[1, 5] = observation
+    with pytest.raises(RunError) as error:
+        roll_out()
+    assert str(error.value) == f"environment 1 failed in step 5: {words}"
+
+
+@pytest.mark.parametrize("shape", [(40, 1, 1), (40, 40, 1), (1, 40, 3), (40, 40)])
+def test_an_image_of_another_shape_is_named_too(told, monkeypatch, shape):
+    monkeypatch.setattr(told, "observation_space", gym.spaces.Box(0, 255, (40, 40, 3), np.uint8))
+    image = np.zeros((40, 40, 3), dtype=np.uint8)
+    told.observations.update(
+        {(index, step): image for index in (0, 1) for step in ("reset", "reset 4", "reset 8", *range(8))}
+    )
+    assert roll_out()[0].raw_observations.shape == (8, 2, 40, 40, 3)
+    told.made, told.observations[1, 5] = 0, np.zeros(shape, dtype=np.uint8)
+    with pytest.raises(RunError) as error:
+        roll_out()
+    words = f"the observation has shape {shape}, not (40, 40, 3)"
+    assert str(error.value) == f"environment 1 failed in step 5: TypeError: {words}"
 
 
 def test_an_observation_may_be_a_list(told):
