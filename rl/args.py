@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,13 +16,14 @@ from rl.presets import PRESETS
 # What compiling the gradient step takes, and what each step then saves, in seconds, on 2 cores
 COMPILE_SECONDS = 10  # between 3 from a warm cache and 20 from a cold one
 SAVED_ALONE, SAVED_TOGETHER = 0.9e-3, 1.8e-3
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric run`, those that train_fabric.py follows
 
 
 @dataclass
 class RunArgs:
     """How long is trained, and what is left behind."""
 
-    preset: Literal[tuple(PRESETS)] | None = None
+    preset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(sorted(PRESETS))}}}")] = None
     """Flags tuned for an environment and one process (rl/presets.py); what else is given wins."""
     total_timesteps: int = 98_304
     """Environment steps in the whole run, over all environments of all processes."""
@@ -33,6 +35,8 @@ class RunArgs:
     """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
     test_episodes: int = 10
     """Greedy episodes after training; their mean return is logged."""
+    max_test_steps: int = 27_000
+    """Steps after which a test episode that has not ended is cut."""
     checkpoint_every: int = 1
     """Updates between two checkpoints on the disk; however the run ends, that of the last update is written, too."""
     keep_checkpoints: int = 2
@@ -120,9 +124,9 @@ class PPOArgs:
     gamma: float = 0.999
     """Discount factor of the rewards."""
     gae_lambda: float = 0.98
-    """λ of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
+    """Lambda of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
     clip_coef: float = 0.2
-    """ε of the surrogate objective: how far the probability ratio may leave 1."""
+    """Epsilon of the surrogate objective: how far the probability ratio may leave 1."""
     clip_vloss: bool = False
     """Use the larger of the clipped and the unclipped squared error of the values."""
     ent_coef: float = 0.0
@@ -158,7 +162,7 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
                 "at least 1",
             ),
             (
-                ("total_timesteps", "test_episodes", "checkpoint_every", "keep_checkpoints"),
+                ("total_timesteps", "test_episodes", "max_test_steps", "checkpoint_every", "keep_checkpoints"),
                 lambda x: x >= 1,
                 "at least 1",
             ),
@@ -168,12 +172,15 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
             (("noise_correlation",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
             (
-                ("learning_rate", "clip_coef", "max_grad_norm", "timeout"),
+                ("learning_rate", "clip_coef", "max_grad_norm"),
                 lambda x: 0 < x < math.inf,
                 "a finite number above 0",
             ),
+            (("timeout",), lambda x: 0 < x <= 1e6, "above 0 and at most 1e6"),  # a timedelta overflows later
             (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
             (("exp_name",), lambda x: re.fullmatch(r"[\w.-]+", x), "letters, digits, '.', '_' and '-' only"),
+            (("exp_name",), lambda x: len(x.encode()) <= 100, "at most 100 bytes long"),  # a file's name has 255
+            (("resume",), lambda x: x != "", "a run's folder or one of its checkpoints"),
         ):
             for name in names:
                 if not holds(getattr(self, name)):
@@ -207,6 +214,15 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
     def env_processes(self, world_size: int) -> int:
         """Return how many processes run environments."""
         return world_size
+
+    def network_bytes(self, num_features: int) -> int:
+        """Return about what policy and value function take: weights, gradients and Adam's two moments, in float32.
+
+        Args:
+            num_features: of an observation, as the first layer sees it.
+        """
+        weights = sum((inputs + 1) * outputs for inputs, outputs in pairwise((num_features, *self.hidden_sizes)))
+        return 2 * weights * 4 * 4
 
     def rollout_length(self, world_size: int) -> int:
         """Return T, the steps that each environment takes before an update."""
@@ -271,6 +287,17 @@ class FabricArgs(CommonArgs):
         """
         if world_size > 1 and "LT_CLI_USED" not in os.environ:
             raise ValueError("several processes of train_fabric.py are started with `fabric run`, see README.md")
+        _check_precision()
+        strategy, accelerator = os.environ.get("LT_STRATEGY", "auto"), os.environ.get("LT_ACCELERATOR", "cpu")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"--strategy={strategy} is not supported: train_fabric.py runs with --strategy=ddp")
+        if accelerator in ("gpu", "cuda"):
+            from torch import cuda  # here, so that only a run on a GPU waits for torch before its flags are checked
+
+            if not cuda.is_available():
+                raise ValueError(
+                    f"--accelerator={accelerator} needs a GPU, and PyTorch sees none: choose --accelerator=cpu"
+                )
         super().check_processes(world_size)
 
 
@@ -311,6 +338,7 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
                 "one process is too few for a player and a trainer: "
                 "start with `fabric run --devices=2 train_fabric_decoupled.py`, or more devices"
             )
+        _check_precision()
         super().check_processes(world_size)
         if (trainers := world_size - 1) > (steps := self.steps_per_update(world_size)):
             raise ValueError(f"{trainers} trainers cannot share {steps} experiences: raise --num-steps")
@@ -318,6 +346,16 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
     def env_processes(self, world_size: int) -> int:
         """Return how many processes run environments: the player alone."""
         return 1
+
+
+def _check_precision() -> None:
+    """Check the precision that `fabric run` was given; the scripts compute in float32 alone.
+
+    Raises:
+        ValueError: with one line, if it is another.
+    """
+    if (precision := os.environ.get("LT_PRECISION", "32-true")) not in ("32", "32-true"):
+        raise ValueError(f"--precision={precision} is not supported: the scripts train in --precision=32-true")
 
 
 def _json_or_text(value: str) -> Any:

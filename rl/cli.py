@@ -4,25 +4,31 @@ import os
 import sys
 import tempfile
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import asdict, field, fields, make_dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Space
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from rl.args import CommonArgs
 from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
 from rl.launch import end_with_launcher, fail, is_rank_zero, keep_voice, read_ranks, say, wait_for_rank_zero
 from rl.presets import PRESETS
 from rl.run_folder import run_before_restart
-from rl.spaces import is_image
+from rl.spaces import IMAGE_FEATURES, Vector, is_image, observation_parts
 
 Args = TypeVar("Args", bound=CommonArgs)
+Options = TypeVar("Options")
 
 # A flag of three states: neither is written for the default, which depends on the run.
 THREE_STATES = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
+
+WHOLE_NUMBERS = ConstructorRegistry()
 
 # What may differ when a run is resumed; num_envs as long as there are as many environments in all.
 CHANGEABLE = {
@@ -31,6 +37,7 @@ CHANGEABLE = {
     "env_threads",
     "capture_video",
     "test_episodes",
+    "max_test_steps",
     "checkpoint_every",
     "keep_checkpoints",
     "resume",
@@ -55,7 +62,8 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     Raises:
         SystemExit: on `--help` or on bad input.
     """
-    world_size = read_ranks().world_size
+    ranks = read_ranks()
+    world_size = ranks.world_size
     end_with_launcher()
     keep_voice()
     try:
@@ -75,6 +83,7 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         if args.noise_correlation and not isinstance(action_space, Box):
             raise ValueError(f"--noise-correlation is for continuous actions, {args.env_id} takes {action_space}")
         check_backend(args, observation_space, action_space)
+        _check_memory(args, observation_space, ranks.local_world_size)
         if args.capture_video:
             check_video(args)
         _check_log_root(args.log_root)
@@ -88,16 +97,44 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
 
 
 def _defaults(script_args: type[Args], argv: list[str] | None) -> Args:
-    """Return the arguments for which no flag is given: those of the preset, if one is named."""
+    """Return the arguments for which no flag is given: those of the preset, if one is named.
+
+    Raises:
+        ValueError: with one line, if there is no such preset.
+    """
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", nargs="?")  # what is wrong with it is said later, among all the flags
-    preset = PRESETS.get(finder.parse_known_args(argv)[0].preset)
-    return script_args(**preset.flags) if preset else script_args()
+    finder.add_argument("--preset", nargs="?")  # where its name is missing, that is said later, among all the flags
+    name = finder.parse_known_args(argv)[0].preset
+    if name is None:
+        return script_args()
+    if name not in PRESETS:
+        nearest = get_close_matches(name, PRESETS, n=1)
+        perhaps = f": perhaps {nearest[0]}?" if nearest else "."
+        raise ValueError(f"there is no preset {name!r}{perhaps} There are {', '.join(sorted(PRESETS))}")
+    return script_args(**PRESETS[name].flags)
 
 
 def _part(group: type, args: CommonArgs) -> Any:
     """Return what `args` holds of the arguments of a group."""
     return group(**{part.name: getattr(args, part.name) for part in fields(group)})
+
+
+def _check_memory(args: CommonArgs, observation_space: Space, processes_here: int) -> None:
+    """Check that the networks of all processes of this machine fit into its memory.
+
+    Raises:
+        ValueError: with one line, if not.
+    """
+    num_features = sum(
+        part.size if isinstance(part, Vector) else IMAGE_FEATURES for part in observation_parts(observation_space)
+    )
+    needed = args.network_bytes(num_features) * processes_here
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"--hidden-sizes {' '.join(map(str, args.hidden_sizes))}: the networks and their optimizer take "
+            f"{needed // 10**9:,} GB, this machine has {memory // 10**9:,} GB"
+        )
 
 
 def _check_log_root(log_root: Path) -> None:
@@ -168,12 +205,73 @@ def _parse_groups(script_args: type[Args], argv: list[str] | None, defaults: Arg
     try:
         parsed = tyro.cli(
             make_dataclass("Grouped", named),
-            args=[part for word in (sys.argv[1:] if argv is None else argv) for part in THREE_STATES.get(word, [word])],
+            args=_words(script_args, argv),
             description=script_args.__doc__,
             config=(tyro.conf.OmitArgPrefixes,),
             console_outputs=is_rank_zero(),
+            registry=WHOLE_NUMBERS,
         )
     except SystemExit:
         wait_for_rank_zero()
         raise
     return {name: value for group in asdict(parsed).values() for name, value in group.items()}
+
+
+def parse_options(options: type[Options]) -> Options:
+    """Parse the command line of a command that is no script, such as `python -m rl.evaluate`.
+
+    Args:
+        options: the dataclass of its flags; its docstring is the help's first line.
+
+    Raises:
+        SystemExit: on `--help` or on bad input.
+    """
+    return tyro.cli(options, args=_words(options), description=options.__doc__, registry=WHOLE_NUMBERS)
+
+
+def _words(options: type, argv: Sequence[str] | None = None) -> list[str]:
+    """Return the words of the command line, with `--flag True` and `--flag=false` as tyro takes them.
+
+    Environments of the user's lie in the working directory, which Python does not look into when it runs a script.
+    """
+    if "" not in sys.path:
+        sys.path.append("")
+    kinds = get_type_hints(options)
+    truths = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if kind in (bool, bool | None)}
+    words: list[str] = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.capitalize() in ("True", "False") and words and words[-1].replace("_", "-") in truths:
+            word = f"{words.pop()}={word}"
+        flag, _, value = word.partition("=")
+        if flag.replace("_", "-") in truths and value.capitalize() in ("True", "False"):
+            word = flag if value.capitalize() == "True" else f"--no-{flag.removeprefix('--')}"
+        words.append(word)
+    return [part for word in words for part in THREE_STATES.get(word, [word])]
+
+
+@WHOLE_NUMBERS.primitive_rule
+def _whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """Have tyro take whole numbers in scientific notation, too: `--total-timesteps 1e6`."""
+    if kind.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: _to_int(words[0]),
+        is_instance=lambda value: type(value) is int,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _to_int(text: str) -> int:
+    """Return a whole number.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))

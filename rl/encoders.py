@@ -4,9 +4,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rl.spaces import MOST_CHANNELS, Image, Vector, observation_parts
-
-IMAGE_FEATURES = 256
+from rl.spaces import IMAGE_FEATURES, MOST_CHANNELS, Image, Vector, observation_parts
 
 
 class Encoder(nn.Module):

@@ -1,6 +1,7 @@
 """Environments: checked, made to step together, seeded and recorded."""
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import find_highest_version, parse_env_id
-from gymnasium.error import DeprecatedEnv
+from gymnasium.error import DeprecatedEnv, UnregisteredEnv, VersionNotFound
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 
@@ -23,6 +24,10 @@ from rl.spaces import check_action_space, is_image, observation_parts
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, no display is asked for
 gym.logger.min_level = gym.logger.ERROR  # its warnings are for authors of environments
+
+
+# Modules that register environments, by the beginning of their ids; pip knows the packages by the same name.
+MODULES = {"MiniGrid": "minigrid", "BabyAI": "minigrid", "Fetch": "gymnasium_robotics", "Hand": "gymnasium_robotics"}
 
 
 def resolve_env_id(env_id: str) -> str:
@@ -50,7 +55,7 @@ def read_spaces(args: EnvironmentArgs) -> tuple[gym.Space, gym.Space]:
             observation_space, action_space = env.observation_space, env.action_space
     except Exception as error:  # whatever the environment's own code raises
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot make the environment {args.env_id}: {reason}") from None
+        raise ValueError(f"cannot make the environment {args.env_id}: {reason}{_advice(args.env_id, error)}") from None
     try:
         observation_parts(observation_space)
         check_action_space(action_space)
@@ -138,6 +143,25 @@ def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = 
     indices = range(first_index, first_index + envs.num_envs)
     observations, _ = envs.reset(seed=[stream_seed(seed, purpose, index) for index in indices])
     return observations
+
+
+def _advice(env_id: str, error: Exception) -> str:
+    """Return what to do where an environment's package may be missing, else nothing: Gymnasium says it all."""
+    named, _, name = env_id.rpartition(":")
+    module = next((module for start, module in MODULES.items() if name.startswith(start)), None)
+    if named and isinstance(error, ModuleNotFoundError):
+        return f" Install what is missing (pip install {module or '...'}), or start where {named} can be imported."
+    if named or not isinstance(error, UnregisteredEnv) or isinstance(error, VersionNotFound):
+        return ""
+    if module:
+        return f" It comes with a package: pip install {module}, then --env-id {module}:{env_id}"
+    if "Did you mean" in str(error):
+        return ""
+    game = re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "-v5", name.rpartition("/")[2])
+    return (
+        f" An Atari game is named ALE/{game} (pip install -r requirements-atari.txt), and a package's environments "
+        "are named module:Id (pip install minigrid, --env-id minigrid:MiniGrid-Empty-8x8-v0)"
+    )
 
 
 def _free_name(folder: Path, name: str) -> str:

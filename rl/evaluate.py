@@ -6,6 +6,11 @@ The run alone says which environment, which network and which statistics; the la
 `mean_return=243.10 std_return=31.20 episodes=100`.
 """
 
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: this file is a module: start it with `python -m rl.evaluate`, in the folder that holds rl/")
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -15,8 +20,9 @@ import torch
 import tyro
 
 from rl.agent import Agent
-from rl.args import EnvironmentArgs
+from rl.args import CommonArgs
 from rl.checkpoint import load_agent
+from rl.cli import parse_options
 from rl.distributions import draw_action_noise
 from rl.envs import check_video, make_envs, record_first_episode, reset_envs
 from rl.launch import RunError, fail, say
@@ -24,7 +30,6 @@ from rl.seeding import Purpose
 from rl.spaces import stored_dtype
 
 AT_ONCE = 100  # environments that step together
-LONGEST_EPISODE = 27_000  # steps, for environments without a time limit
 NOISE_STEPS = 256  # steps for which action noise is drawn at once
 
 
@@ -38,7 +43,7 @@ class Results(NamedTuple):
 @torch.inference_mode()
 def evaluate(
     agent: Agent,
-    args: EnvironmentArgs,
+    args: CommonArgs,
     episodes: int,
     seed: int,
     stochastic: bool = False,
@@ -47,20 +52,23 @@ def evaluate(
     """Run whole episodes, with the statistics of normalisation as they are.
 
     Episode k has its own seed, so the episodes are the same however many run at once. Each environment runs one
-    episode only: to take the first that end would favour short ones. One without an end is cut after 27,000 steps.
+    episode only: to take the first that end would favour short ones. One without an end is cut.
 
     Args:
         agent: the policy.
-        args: of the environment.
+        args: of the environment, and `max_test_steps`, after which an episode is cut.
         episodes: number of episodes.
         seed: seed of the test.
         stochastic: sample the actions instead of taking the most probable ones.
         video_folder: where every episode is recorded. They then run one by one, since the frames of a whole
             episode are held in memory.
+
+    Raises:
+        RunError: if an environment fails, or a reward is not finite; it names the environment or the episode.
     """
     device = next(agent.parameters()).device
     args = replace(args, env_backend="gymnasium")
-    returns, lengths = np.full(episodes, np.nan), np.zeros(episodes, dtype=np.int64)
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     at_once = 1 if video_folder else AT_ONCE
     for first in range(0, episodes, at_once):
         running = range(first, min(first + at_once, episodes))
@@ -69,8 +77,9 @@ def evaluate(
         dtype = getattr(torch, stored_dtype(envs.single_observation_space))
         observations = reset_envs(envs, seed, first, Purpose.TEST)
         block = slice(running.start, running.stop)
+        ended = np.zeros(len(running), dtype=bool)
         step = 0
-        while np.isnan(returns[block]).any():
+        while not ended.all():
             observed = agent.observation_normalizer(torch.tensor(observations, dtype=dtype, device=device))
             if stochastic:
                 if step % NOISE_STEPS == 0:
@@ -78,15 +87,20 @@ def evaluate(
                 actions = agent.act(observed, noise[step % NOISE_STEPS])
             else:
                 actions = agent.act_greedily(observed)
-            observations, _, _, _, info = envs.step(agent.distribution.to_env(actions.cpu()).numpy())
+            observations, rewards, _, _, info = envs.step(agent.distribution.to_env(actions.cpu()).numpy())
+            if len(faulty := np.flatnonzero(~np.isfinite(rewards) & ~ended)):
+                what = f"a NaN or infinite reward in step {step}: {rewards[faulty[0]]}"
+                raise RunError(f"test episode {first + faulty[0]} has {what}")
             if "episode" in info:
-                first_end = info["_episode"] & np.isnan(returns[block])
+                first_end = info["_episode"] & ~ended
                 returns[block][first_end] = info["episode"]["r"][first_end]
                 lengths[block][first_end] = info["episode"]["l"][first_end]
+                ended |= first_end
             step += 1
-            if step == LONGEST_EPISODE:
-                endless = np.isnan(returns[block])
+            if step == args.max_test_steps and not ended.all():
+                endless = ~ended
                 returns[block][endless], lengths[block][endless] = envs.episode_returns[endless], step
+                ended[:] = True
                 say(f"{endless.sum()} test episodes had no end after {step} steps and count as they stood")
         envs.close()
     return Results(returns, lengths)
@@ -104,18 +118,22 @@ class EvaluateArgs:
     """Seed of the episodes."""
     stochastic: bool = False
     """Sample the actions instead of taking the most probable ones."""
+    max_steps: int | None = None
+    """Steps after which an episode that has not ended is cut; by default as many as in the run's own test."""
     video: Path | None = None
     """Folder into which every episode is recorded."""
 
 
 def main() -> None:
     """Evaluate from the command line."""
-    options = tyro.cli(EvaluateArgs, description=EvaluateArgs.__doc__)
+    options = parse_options(EvaluateArgs)
     torch.set_num_threads(1)
     try:
-        if options.episodes < 1:
-            raise ValueError(f"--episodes must be at least 1, got {options.episodes}")
+        for flag, value in (("--episodes", options.episodes), ("--max-steps", options.max_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
         agent, args = load_agent(options.run_or_checkpoint)
+        args = replace(args, max_test_steps=options.max_steps or args.max_test_steps)
         if options.video:
             check_video(args)
         results = evaluate(agent, args, options.episodes, options.seed, options.stochastic, options.video)

@@ -6,6 +6,11 @@ The file takes `observation`, [batch, *shape], an image as the environment gives
 `action` as the environment takes it: normalisation of observations and clipping of actions are inside.
 """
 
+import sys
+
+if __name__ == "__main__" and not __package__:
+    sys.exit("error: this file is a module: start it with `python -m rl.export`, in the folder that holds rl/")
+
 import logging
 import warnings
 from dataclasses import dataclass
@@ -20,6 +25,7 @@ from torch import Tensor, nn
 
 from rl.agent import Agent
 from rl.checkpoint import load_agent
+from rl.cli import parse_options
 from rl.envs import read_spaces
 from rl.launch import fail
 from rl.spaces import stored_dtype, stored_space
@@ -91,7 +97,7 @@ class ExportArgs:
 
 def main() -> None:
     """Export from the command line."""
-    options = tyro.cli(ExportArgs, description=ExportArgs.__doc__)
+    options = parse_options(ExportArgs)
     try:
         agent, args = load_agent(options.run_or_checkpoint)
         if any(find_spec(package) is None for package in ("onnx", "onnxruntime", "onnxscript")):

@@ -15,6 +15,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rl.launch import RunError
 from rl.seeding import episode_seed
 
+# The usual types of a reward; others are looked at, which takes longer.
+NUMBERS = frozenset({float, int, bool, np.float64, np.float32, np.int64, np.bool_})
 LEAST_ROOM = 1000  # vector steps, after which those that no running episode needs are dropped
 LONGEST_REPLAY = 100_000  # steps; of a longer episode the actions are not kept, and a resume begins a new one instead
 LARGEST_NUMBER = 1e300
@@ -82,6 +84,8 @@ class ReplayableEnvs(SyncVectorEnv):
     def __init__(self, make_env: Sequence[Callable[[], ReplayableEnv]]) -> None:
         super().__init__(make_env, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
         self.observations = np.zeros(self.observation_space.shape, dtype=self.observation_space.dtype)
+        self.shape = self.observations.shape[1:]  # of one observation
+        self.length = self.shape[0] if len(self.shape) == 1 else None  # tells vectors apart, faster than the shape
         self.rewards = np.zeros(self.num_envs)
         self.terminations = np.zeros(self.num_envs, dtype=bool)
         self.truncations = np.zeros(self.num_envs, dtype=bool)
@@ -107,7 +111,7 @@ class ReplayableEnvs(SyncVectorEnv):
             list(seed) if isinstance(seed, Sequence) else [(seed or 0) + index for index in range(self.num_envs)]
         )
         for index in range(self.num_envs):
-            self._begin_episode(index, 0, options)
+            self._begin_episode(index, 0, " in a reset", options)
         return self.observations, {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -118,19 +122,22 @@ class ReplayableEnvs(SyncVectorEnv):
         self.num_steps += 1
         ended: list[int] = []
         final_observations = np.full(self.num_envs, None, dtype=object)
+        length = self.length
         for index, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             try:
                 observation, reward, terminated, truncated, _ = env.step(action)
+                if type(reward) not in NUMBERS or len(observation) != length:
+                    _check(observation, reward, self.shape)
                 self.rewards[index] = reward
                 self.terminations[index] = terminated
                 self.truncations[index] = truncated
+                if terminated or truncated:
+                    ended.append(index)
+                    final_observations[index] = np.array(observation)  # the next episode may write into the same array
+                else:
+                    self.observations[index] = observation
             except (Exception, SystemExit) as error:
                 raise _failure(index, error) from error
-            if terminated or truncated:
-                ended.append(index)
-                final_observations[index] = np.array(observation)  # the next episode may write into the same array
-            else:
-                self.observations[index] = observation
         self.episode_returns += self.rewards
         info = self._end_episodes(ended, final_observations) if ended else {}
         return self.observations, self.rewards.copy(), self.terminations.copy(), self.truncations.copy(), info
@@ -187,7 +194,7 @@ class ReplayableEnvs(SyncVectorEnv):
             difference, replayed = self._replay(index, state)
             if difference:
                 notes.append(f"environment {index} {difference}")
-                self._begin_episode(index, state["episode"] + 1)
+                self._begin_episode(index, state["episode"] + 1, " in a reset")
             elif kept := _changed(state["numbers"], self.envs[index].numbers()):
                 notes.append(
                     f"environment {index} keeps {', '.join(kept)} across episodes, which a replay cannot restore"
@@ -202,7 +209,7 @@ class ReplayableEnvs(SyncVectorEnv):
             return "was in an episode too long to be repeated", np.zeros(0)
         actions = state["actions"].astype(self.action_space.dtype)
         rewards = np.zeros(len(actions))
-        self._begin_episode(index, state["episode"])
+        self._begin_episode(index, state["episode"], " in a reset")
         try:
             self.actions[self.num_steps - len(actions) : self.num_steps, index] = actions
             for step, action in enumerate(actions):
@@ -219,13 +226,15 @@ class ReplayableEnvs(SyncVectorEnv):
             return "does not repeat its rewards", np.zeros(0)
         return "", rewards
 
-    def _begin_episode(self, index: int, episode: int, options: dict[str, Any] | None = None) -> None:
-        """Reset an environment with the seed of one of its episodes."""
+    def _begin_episode(self, index: int, episode: int, when: str = "", options: dict[str, Any] | None = None) -> None:
+        """Reset an environment with the seed of one of its episodes; a failure says `when` it happened."""
         seed = episode_seed(self.seeds[index], int(episode))
         try:
-            self.observations[index], _ = self.envs[index].reset(seed=seed, options=options)
+            observation, _ = self.envs[index].reset(seed=seed, options=options)
+            _check(observation, 0.0, self.shape)
+            self.observations[index] = observation
         except (Exception, SystemExit) as error:
-            raise _failure(index, error) from error
+            raise _failure(index, error, when) from error
         self.episodes[index] = episode
         self.episode_returns[index] = 0
         self.first[index] = self.num_steps
@@ -255,9 +264,21 @@ class ReplayableEnvs(SyncVectorEnv):
         self.actions, self.kept_from = np.concatenate([kept, room]), needed
 
 
-def _failure(index: int, error: BaseException) -> EnvironmentFailure:
+def _failure(index: int, error: BaseException, when: str = "") -> EnvironmentFailure:
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    return EnvironmentFailure(f"environment {index}", reason)
+    return EnvironmentFailure(f"environment {index}", reason, when)
+
+
+def _check(observation: Any, reward: Any, shape: tuple[int, ...]) -> None:
+    """Check what an environment returned. NumPy would spread one number over the whole row, and read a text.
+
+    Raises:
+        TypeError: if the observation has another shape than was declared, or the reward is no number.
+    """
+    if np.shape(observation) != shape:
+        raise TypeError(f"the observation has shape {np.shape(observation)}, not {shape}")
+    if np.shape(reward) or np.asarray(reward).dtype.kind not in "biuf":
+        raise TypeError(f"the reward is {reward!r}, no number")
 
 
 def _smallest_dtype(space: gym.Space) -> np.dtype:

@@ -120,8 +120,9 @@ def _check_finite(
     """Check what the environments returned; the observations are those before each step and after the last."""
     for what, values in (("reward", rewards), ("observation", observations)):
         if (place := _first_not_finite(values)) is not None:
-            step = place[0] - (what == "observation")  # the step that returned it; that of a reset counts as step -1
-            raise RunError(f"environment {place[1]} returned a NaN or infinite {what} in step {step}: {values[place]}")
+            step = place[0] - (what == "observation")  # the step that returned it; -1 where that was the reset
+            when = "after the reset" if step < 0 else f"in step {step}"
+            raise RunError(f"environment {place[1]} returned a NaN or infinite {what} {when}: {values[place]}")
     for (step, env), values in final_observations.items():
         if (place := _first_not_finite(values)) is not None:
             what = f"final observation in step {step}: {values[place]}"

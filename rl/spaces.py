@@ -13,6 +13,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 
 SMALLEST_IMAGE = 36  # the convolutions leave nothing of a smaller one
 MOST_CHANNELS = 16  # a stack of frames; an axis that is longer holds no channels
+IMAGE_FEATURES = 256  # what the convolutions make of one image
 
 
 class Image(NamedTuple):

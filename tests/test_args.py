@@ -44,6 +44,9 @@ BOUNDS = {
     "ent_coef": ("a finite number of at least 0", [-0.1, INF, NAN], [0.0]),
     "vf_coef": ("a finite number of at least 0", [-0.1, INF, NAN], [0.0]),
     "exp_name": ("letters, digits, '.', '_' and '-' only", ["", "a b", "a/b", "a\n"], ["A.b_c-1"]),
+    "timeout": ("above 0 and at most 1e6", [0.0, 1e300, INF, NAN], [1e-9, 1e6]),
+    "max_test_steps": ("at least 1", [0], [1]),
+    "resume": ("a run's folder or one of its checkpoints", [""], [None, "run"]),
 }
 
 
@@ -59,6 +62,13 @@ def test_a_value_out_of_bounds_is_refused_with_its_flag_and_its_bounds(name, bou
 @pytest.mark.parametrize(("name", "value"), [(name, good) for name, (*_, goods) in BOUNDS.items() for good in goods])
 def test_a_value_on_its_bound_is_accepted(name, value):
     assert getattr(CommonArgs(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", ["a" * 101, "é" * 51])
+def test_a_name_of_an_experiment_that_fits_into_no_file_name_is_refused(name):
+    assert CommonArgs(exp_name="a" * 100).exp_name
+    with pytest.raises(ValueError, match=r"^--exp-name must be at most 100 bytes long, got "):
+        CommonArgs(exp_name=name)
 
 
 def test_a_player_on_the_gpu_needs_trainers_on_the_gpu():
@@ -143,6 +153,38 @@ def test_several_processes_of_the_script_with_fabric_need_fabric_run(monkeypatch
     FabricArgs().check_processes(2)
 
 
+@pytest.mark.parametrize("script_args", [FabricArgs, DecoupledArgs])
+@pytest.mark.parametrize("precision", ["64", "16-mixed", "bf16-true"])
+def test_a_precision_that_the_scripts_do_not_train_in_is_refused(monkeypatch, script_args, precision):
+    monkeypatch.setenv("LT_CLI_USED", "1")
+    monkeypatch.setenv("LT_PRECISION", precision)
+    with pytest.raises(ValueError, match=rf"^--precision={precision} is not supported: .*=32-true$"):
+        script_args().check_processes(2)
+    for supported in ("32", "32-true"):
+        monkeypatch.setenv("LT_PRECISION", supported)
+        script_args().check_processes(2)
+
+
+@pytest.mark.parametrize("strategy", ["dp", "fsdp", "deepspeed", "deepspeed_stage_3"])
+def test_a_strategy_that_the_script_with_fabric_does_not_follow_is_refused(monkeypatch, strategy):
+    monkeypatch.setenv("LT_STRATEGY", strategy)
+    with pytest.raises(ValueError, match=rf"^--strategy={strategy} is not supported: .*=ddp$"):
+        FabricArgs().check_processes(1)
+    for supported in ("auto", "ddp", "ddp_find_unused_parameters_true"):
+        monkeypatch.setenv("LT_STRATEGY", supported)
+        FabricArgs().check_processes(1)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_gpu_for_the_script_with_fabric_is_refused_where_there_is_none(monkeypatch, accelerator):
+    monkeypatch.setenv("LT_ACCELERATOR", accelerator)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"^--accelerator={accelerator} needs a GPU, .* --accelerator=cpu"):
+        FabricArgs().check_processes(1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    FabricArgs().check_processes(1)
+
+
 def test_rounding_is_said_in_one_line(monkeypatch, capsys):
     set_ranks(monkeypatch, world_size=3)
     args = parse(TorchArgs, ["--num-steps", "1000"])
@@ -224,6 +266,58 @@ def test_bare_boolean_flags_their_negations_and_underscores_are_accepted():
     args = parse(TorchArgs, ["--share-data", "--no-anneal-lr", "--ortho_init", "--num_envs", "2", "--clip_vloss"])
     assert (args.share_data, args.anneal_lr, args.ortho_init, args.clip_vloss) == (True, False, True, True)
     assert args.num_envs == 2
+
+
+SPELLINGS = {True: ["--{}", "--{} True", "--{}=true", "--{}=True"], False: ["--no-{}", "--{} False", "--{}=false"]}
+
+
+@pytest.mark.parametrize("name", ["capture_video", "anneal_lr", "clip-vloss", "compile", "cuda"])
+@pytest.mark.parametrize(("value", "spelling"), [(v, each) for v, spellings in SPELLINGS.items() for each in spellings])
+def test_a_truth_value_may_be_written_out(name, value, spelling):
+    argv = [*spelling.format(name).split(), "--seed", "1"]
+    assert getattr(parse(TorchArgs, argv), name.replace("-", "_")) is value
+
+
+def test_a_truth_value_that_is_none_is_refused():
+    for argv in (["--cuda", "maybe"], ["--cuda=2"], ["--no-cuda", "True"], ["True"]):
+        with pytest.raises(SystemExit):
+            parse(TorchArgs, argv)
+
+
+def test_whole_numbers_may_be_written_in_scientific_notation():
+    args = parse(TorchArgs, ["--total-timesteps", "1e6", "--num-steps=2.048E3", "--hidden-sizes", "1e2", "64"])
+    assert (args.total_timesteps, args.num_steps, args.hidden_sizes) == (1_000_000, 2048, (100, 64))
+    assert [type(number) for number in (args.total_timesteps, *args.hidden_sizes)] == [int] * 3
+
+
+@pytest.mark.parametrize("number", ["1.5e0", "1e-1", "1e999", "inf", "nan", "many", ""])
+def test_a_number_that_is_not_whole_is_refused(capsys, number):
+    with pytest.raises(SystemExit):
+        parse(TorchArgs, ["--total-timesteps", number])
+    assert "--total-timesteps" in capsys.readouterr().err
+
+
+def test_networks_that_do_not_fit_into_memory_are_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse(TorchArgs, ["--hidden-sizes", "64", "10000000", "10000000"])
+    line = r"error: --hidden-sizes 64 10000000 10000000: .* take 3,200,021 GB, this machine has \d+ GB\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+    assert parse(TorchArgs, ["--hidden-sizes", "1000", "1000"]).hidden_sizes == (1000, 1000)
+
+
+def test_what_the_networks_take_is_counted_in_weights_gradients_and_adams_two_moments():
+    weights = (4 + 1) * 7 + (7 + 1) * 3
+    assert CommonArgs(hidden_sizes=(7, 3)).network_bytes(num_features=4) == 2 * weights * 4 * 4
+    assert CommonArgs(hidden_sizes=()).network_bytes(num_features=4) == 0
+
+
+@pytest.mark.parametrize("script_args", [TorchArgs, FabricArgs, DecoupledArgs])
+def test_help_can_be_printed_on_any_terminal(capsys, script_args):
+    with pytest.raises(SystemExit):
+        parse(script_args, ["--help"])
+    letters = {letter for letter in capsys.readouterr().out if not letter.isascii()}
+    assert letters <= set("╭─╮│╰╯")  # tyro leaves its boxes out where they cannot be printed
 
 
 def test_arguments_that_are_not_given_keep_their_defaults():

@@ -1,6 +1,7 @@
 """Every mistake of the user is answered by one line that names it, at once, and leaves nothing behind."""
 
 import re
+from functools import partial
 
 import pytest
 
@@ -27,6 +28,11 @@ MISTAKES = {
     "an unknown environment": (TORCH, "--env-id CartPol-v1", ["CartPol-v1", "Did you mean", "`CartPole`"]),
     "an unknown version": (TORCH, "--env-id CartPole-v7", ["CartPole-v7", "`v1`"]),
     "an environment of a missing module": (TORCH, "--env-id nowhere:Some-v0", ["nowhere:Some-v0", "No module named"]),
+    "an environment of a missing package": (
+        TORCH,
+        "--env-id PongNoFrameskip-v4",
+        ["PongNoFrameskip-v4", "ALE/Pong-v5", "requirements-atari.txt", "module:Id"],
+    ),
     "a missing dependency": (TORCH, "--env-id HalfCheetah-v5", ["HalfCheetah-v5", "MuJoCo is not installed"]),
     "an action space": (
         TORCH,
@@ -53,6 +59,11 @@ MISTAKES = {
     "a learning rate 0": (TORCH, "--learning-rate 0", ["--learning-rate", "above 0", "got 0.0"]),
     "a discount of 2": (TORCH, "--gamma 2", ["--gamma", "between 0 and 1", "got 2.0"]),
     "a name that is a path": (TORCH, "--exp-name ../ppo", ["--exp-name", "'../ppo'"]),
+    "a name too long for a file": (TORCH, f"--exp-name {'a' * 300}", ["--exp-name", "at most 100"]),
+    "a timeout without an end": (TORCH, "--timeout 1e300", ["--timeout", "at most 1e6", "got 1e+300"]),
+    "no run to resume": (TORCH, "--resume=", ["--resume", "a run's folder or one of its checkpoints", "got ''"]),
+    "networks beyond memory": (TORCH, "--hidden-sizes 1e7 1e7", ["--hidden-sizes 10000000 10000000", "GB"]),
+    "an unknown preset": (FABRIC, "--preset lunar-landr", ["'lunar-landr'", "perhaps lunar-lander?", "pendulum"]),
     "a player without trainers": (DECOUPLED, "", ["one process", "fabric run --devices=2 train_fabric_decoupled.py"]),
     "a player on a GPU alone": (DECOUPLED, "--player-on-gpu", ["--player-on-gpu", "--cuda"]),
     "no GPU": (TORCH, "--cuda", ["--cuda", "GPU"]),
@@ -124,6 +135,30 @@ def test_the_right_flag_is_suggested_for_a_misspelled_one(tmp_path, script, type
     assert files_below(tmp_path / "logs") == []
 
 
+def test_a_gpu_for_the_fabric_script_without_one_is_answered_by_one_line(tmp_path):
+    env = {"LT_ACCELERATOR": "gpu"}
+    finished = run(python(FABRIC), tmp_path, timeout=30, env=env)
+    assert_only_one_line_says(finished, ["--accelerator=gpu", "GPU", "--accelerator=cpu"])
+
+
+@pytest.mark.parametrize("script", [TORCH, FABRIC, DECOUPLED])
+def test_the_help_can_be_printed_where_there_is_only_ascii(tmp_path, script):
+    env = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    finished = run(python(script, "--help"), tmp_path, timeout=30, env=env)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "--gae-lambda" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [python, partial(torchrun, 1), partial(fabric_run, 1)], ids=["python", "torchrun", "fabric"]
+)
+def test_an_environment_in_the_working_directory_is_found(tmp_path, command):
+    (tmp_path / "my_envs.py").write_text((WORKERS / "own_envs.py").read_text())
+    flags = ["--env-id", "my_envs:NoPictures-v0", "--noise-correlation", "0.5"]
+    finished = run(command(FABRIC, *flags), tmp_path, timeout=60)
+    assert_one_line_says(finished, ["my_envs:NoPictures-v0 takes Discrete(2)"], LAUNCHER_LIMIT)
+
+
 def assert_our_line_comes_first(finished, words):
     assert_one_line_says(finished, words, LAUNCHER_LIMIT)
     ours, launchers = finished.output.find("error: "), finished.output.find("Traceback")
@@ -145,3 +180,12 @@ def test_more_trainers_than_experiences_under_fabric_run_are_answered_once(tmp_p
     flags = ["--num-steps", "4", "--num-envs", "2", "--total-timesteps", "100"]
     finished = run(fabric_run(6, DECOUPLED, *flags), tmp_path, timeout=60)
     assert_our_line_comes_first(finished, ["5 trainers", "4 experiences", "--num-steps"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--precision=bf16-mixed",), ["--precision=bf16-mixed"]), (("--strategy=dp",), ["--strategy=dp"])],
+)
+def test_what_fabric_run_takes_and_the_script_does_not_is_answered_once(tmp_path, options, words):
+    finished = run(fabric_run(1, FABRIC, options=("--accelerator=cpu", *options)), tmp_path, timeout=60)
+    assert_our_line_comes_first(finished, [*words, "is not supported"])

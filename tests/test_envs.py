@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -104,6 +106,35 @@ def test_an_environment_that_is_not_supported_is_named_in_one_line(env_id, messa
         read_spaces(CommonArgs(env_id=env_id))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "advice"),
+    [
+        ("MiniGrid-Empty-8x8-v0", "pip install minigrid, then --env-id minigrid:MiniGrid-Empty-8x8-v0"),
+        ("minigrid:MiniGrid-Empty-8x8-v0", "(pip install minigrid)"),
+        ("FetchReach-v4", "pip install gymnasium_robotics, then --env-id gymnasium_robotics:FetchReach-v4"),
+        ("Pong-v5", "ALE/Pong-v5 (pip install -r requirements-atari.txt)"),
+        ("PongNoFrameskip-v4", "ALE/Pong-v5 (pip install -r requirements-atari.txt)"),
+        ("nowhere/Some-v0", "a package's environments are named module:Id (pip install minigrid, --env-id minigrid:"),
+        ("my_envs:Mine-v0", "or start where my_envs can be imported"),
+        ("HalfCheetah-v5", 'run `pip install "gymnasium[mujoco]"`'),
+    ],
+)
+def test_an_environment_whose_package_is_missing_is_answered_with_what_to_install(env_id, advice):
+    if find_spec("minigrid" if "MiniGrid" in env_id else "mujoco"):
+        pytest.skip("the package is installed")
+    with pytest.raises(ValueError) as error:
+        read_spaces(CommonArgs(env_id=env_id))
+    assert advice in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("env_id", ["CartPol-v1", "CartPole-v9", "tests.scripted_env:Foo-v0"])
+def test_a_misspelled_environment_is_answered_without_advice_about_packages(env_id):
+    with pytest.raises(ValueError) as error:
+        read_spaces(CommonArgs(env_id=env_id))
+    assert "pip install" not in str(error.value)
 
 
 def record_an_episode(record):

@@ -25,6 +25,13 @@ LAST_LINE = re.compile(r"mean_return=(-?\d+\.\d\d) std_return=(\d+\.\d\d) episod
 FLAGS = "--env-id Pendulum-v1 --normalize-observations --total-timesteps 512 --num-steps 256"
 ENV_KWARGS = ["--env-kwargs", "g=9.0", "max_episode_steps=60"]
 
+MY_ENVS = """
+import gymnasium as gym
+from gymnasium.envs.classic_control import PendulumEnv
+
+gym.register("Mine-v0", PendulumEnv, max_episode_steps=60)
+"""
+
 # Put before the real one on the path of a child, this is an installation without onnx.
 WITHOUT_ONNX = """
 import sys
@@ -276,6 +283,43 @@ def test_code_inside_a_checkpoint_is_not_executed(save, tmp_path, capsys):
     assert trace.exists()  # it would have been
 
 
-@pytest.mark.parametrize(("flags", "words"), [(["--episodes", "0"], "--episodes must be at least 1, got 0")])
-def test_no_episodes_are_answered_by_one_line(flags, words, run_folder, capsys):
-    assert words in failure(capsys, rl.evaluate, run_folder, *flags)
+@pytest.mark.parametrize("flag", ["--episodes", "--max-steps"])
+def test_no_episodes_and_no_steps_are_answered_by_one_line(flag, run_folder, capsys):
+    assert f"{flag} must be at least 1, got 0" in failure(capsys, rl.evaluate, run_folder, flag, "0")
+
+
+def test_episodes_are_cut_after_the_steps_of_the_command_or_else_of_the_run(run_folder, tmp_path, capsys):
+    assert evaluated(capsys, run_folder, "--max-steps", "1e1")[-2] == "length: mean 10.00, std 0.00, min 10, max 10"
+    checkpoint = torch.load(max((run_folder / "checkpoints").iterdir()), weights_only=True)
+    checkpoint["args"]["max_test_steps"] = 20
+    torch.save(checkpoint, tmp_path / "update_00000002.ckpt")
+    assert evaluated(capsys, tmp_path / "update_00000002.ckpt")[-2].startswith("length: mean 20.00")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export"])
+def test_a_command_that_is_started_as_a_file_says_how_it_is_started(name, tmp_path):
+    finished = run(python(f"rl/{name}.py"), tmp_path, timeout=30)
+    assert finished.returncode == 1
+    assert finished.output.splitlines() == finished.error_lines
+    assert f"`python -m rl.{name}`" in finished.error_lines[0]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export"])
+def test_the_help_of_a_command_can_be_printed_where_there_is_only_ascii(name):
+    command = [sys.executable, "-m", f"rl.{name}", "--help"]
+    finished = run(command, ROOT, timeout=60, env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "--help" in finished.stdout
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export"])
+def test_a_command_finds_an_environment_in_the_working_directory(name, run_folder, tmp_path):
+    (tmp_path / "my_envs.py").write_text(MY_ENVS)
+    checkpoint = torch.load(max((run_folder / "checkpoints").iterdir()), weights_only=True)
+    checkpoint["args"]["env_id"] = "my_envs:Mine-v0"
+    torch.save(checkpoint, tmp_path / "update_00000002.ckpt")
+    words = {"evaluate": ["--episodes", "1"], "export": ["agent.onnx"]}[name]
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import rl.{name}; rl.{name}.main()"
+    command = [sys.executable, "-P", "-c", code, "update_00000002.ckpt", *words]
+    finished = run(command, tmp_path, timeout=60)
+    assert finished.returncode == 0, finished.output

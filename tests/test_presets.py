@@ -1,5 +1,7 @@
 """Presets are flags like others: they set defaults, and what is given beside them wins."""
 
+import re
+
 import pytest
 
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
@@ -34,8 +36,23 @@ def test_a_preset_trains_whole_updates_in_one_process_and_says_what_it_reaches(n
     assert "return" in PRESETS[name].result
 
 
-def test_a_preset_that_does_not_exist_ends_with_the_names_of_those_that_do(capsys):
+def test_a_preset_that_does_not_exist_ends_with_one_line_that_names_the_nearest_and_all(capsys):
     with pytest.raises(SystemExit) as ended:
-        parse(DecoupledArgs, ["--preset", "lunar-landing"])
-    assert ended.value.code != 0
-    assert "lunar-lander" in capsys.readouterr().err
+        parse(DecoupledArgs, ["--preset", "lunar-landr"])
+    assert ended.value.code == 1
+    names = ", ".join(sorted(PRESETS))
+    line = f"error: there is no preset 'lunar-landr': perhaps lunar-lander? There are {names}\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_preset_like_no_other_ends_with_the_names_of_those_that_there_are(capsys):
+    with pytest.raises(SystemExit):
+        parse(TorchArgs, ["--preset=x"])
+    assert capsys.readouterr().err.startswith("error: there is no preset 'x'. There are acrobot, bipedal-walker, ")
+
+
+def test_help_shows_the_presets_in_order(capsys):
+    with pytest.raises(SystemExit):
+        parse(TorchArgs, ["--help"])
+    words = "".join(re.findall(r"[\w{},-]", capsys.readouterr().out))
+    assert f"--preset{{{','.join(sorted(PRESETS))}}}" in words
