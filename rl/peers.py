@@ -97,7 +97,7 @@ class Peers:
         return self._ask(lambda: [self.store.get(key) for key in keys])
 
     def show_life(self) -> None:
-        """Let the others see that this process is alive, every second until all are ready."""
+        """Let the others, if there are any, see that this process is alive, every second until all are ready."""
 
         def beat() -> None:
             with suppress(RuntimeError):  # the store is lost with the launcher, which ends this process, too
@@ -107,7 +107,8 @@ class Peers:
                         return
                     time.sleep(1)
 
-        Thread(target=beat, daemon=True).start()
+        if self._others():
+            Thread(target=beat, daemon=True).start()
 
     def wait_until_all_are_ready(self) -> None:
         """Wait until all processes are ready to train, however long they compile or repeat episodes.

@@ -26,7 +26,7 @@ from rl.envs import make_envs, reset_envs
 from rl.gae import generalized_advantage_estimation
 from rl.launch import leave
 from rl.rollout import collect_rollout
-from rl.seeding import Purpose, stream, stream_seed
+from rl.seeding import Purpose, episode_seed, stream, stream_seed
 
 sb3 = pytest.importorskip("stable_baselines3", reason="needs stable-baselines3: pip install -r requirements-dev.txt")
 
@@ -69,6 +69,16 @@ class NormalizeOnceBuffer(sb3.common.buffers.RolloutBuffer):
         self.advantages = (self.advantages - self.advantages.mean()) / (self.advantages.std() + 1e-8)
 
 
+class SeededEpisodes(gym.Wrapper):
+    """Gives every episode the seed that it has with us; there only the first has one."""
+
+    def reset(self, *, seed: int | None = None, **kwargs):
+        if seed is not None:
+            self.seed, self.episode = seed, -1
+        self.episode += 1
+        return super().reset(seed=episode_seed(self.seed, self.episode), **kwargs)
+
+
 def make_agent(args: TorchArgs) -> Agent:
     torch.manual_seed(args.seed)
     with gym.make(args.env_id) as env:
@@ -80,7 +90,7 @@ def make_twin(agent: Agent, args: TorchArgs, monkeypatch: pytest.MonkeyPatch) ->
     num_steps = args.rollout_length(world_size=1)
     model = sb3.PPO(
         "MlpPolicy",
-        sb3.common.vec_env.DummyVecEnv([lambda: gym.make(args.env_id)] * args.num_envs),
+        sb3.common.vec_env.DummyVecEnv([lambda: SeededEpisodes(gym.make(args.env_id))] * args.num_envs),
         # It lowers the learning rate before each update, so that the last one's is 0; we lower it after.
         learning_rate=lambda remaining: args.learning_rate * (remaining + 1 / args.num_updates),
         n_steps=num_steps,

@@ -1,6 +1,9 @@
 """The compiled gradient step does what the lines in the scripts do."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,10 +11,11 @@ from torch import nn
 
 from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.compiled import compile_gradient_step
+from rl.compiled import AdamState, ProvenStep, compile_gradient_step
 from rl.envs import read_spaces
 from rl.loss import ppo_loss
 from rl.minibatch import Batch
+from rl.presets import PRESETS
 from tests.launching import python, run
 
 CASES = {
@@ -47,7 +51,7 @@ class Learner:
 
     def compiled_step(self, rows):
         return compile_gradient_step(
-            self.plain_step, self.agent, self.optimizer, self.args, self.minibatch(rows), lambda tensor: tensor, 1
+            self.plain_step, self.agent, self.optimizer, self.args, [self.minibatch(rows)], lambda tensor: tensor, 1
         )
 
     def minibatch(self, rows, seed=0):
@@ -130,4 +134,122 @@ def test_without_a_compiler_a_line_says_so_and_training_goes_on_without(tmp_path
 def test_only_a_run_of_many_gradient_steps_is_compiled_unless_a_flag_says_so(flag, steps, compiles):
     args = CommonArgs(num_steps=100, per_rank_batch_size=50, update_epochs=1, total_timesteps=50 * max(steps, 2))
     assert args.num_updates * 2 == max(steps, 2)
-    assert CommonArgs(**vars(args) | {"compile": flag}).compiles(world_size=1) == compiles
+    assert CommonArgs(**vars(args) | {"compile": flag}).compiles(100, world_size=1) == compiles
+
+
+def test_the_lunarlander_preset_is_compiled_alone_and_on_two_trainers():
+    args = CommonArgs(**PRESETS["lunar-lander"].flags)
+    assert [args.compiles(args.num_steps, world_size) for world_size in (1, 2)] == [True, True]
+
+
+class Step(NamedTuple):
+    """An edit of the gradient step, or of the optimizer, and what is said about it."""
+
+    loss: Callable = lambda losses, agent: losses.loss
+    afterwards: Callable = lambda agent: None
+    optimizer: Callable = lambda agent: torch.optim.Adam(agent.parameters(), lr=1e-3, eps=1e-5)
+    words: str = ""
+
+
+@torch.no_grad()
+def shrink(agent):
+    for parameter in agent.parameters():
+        parameter *= 1 - 1e-5
+
+
+def squared_weights(agent):
+    return sum(parameter.square().sum() for parameter in agent.parameters())
+
+
+EDITS = {
+    "none": Step(),
+    "an L2 term": Step(lambda losses, agent: losses.loss + 1e-5 * squared_weights(agent), words="gradient of actor.0"),
+    "another weight": Step(lambda losses, agent: losses.loss + 1e-3 * losses.value_loss, words="the gradient of"),
+    "smaller weights": Step(afterwards=shrink, words="what follows Adam of actor.0.weight differs"),
+    "AdamW": Step(optimizer=lambda agent: torch.optim.AdamW(agent.parameters(), lr=1e-3), words="not AdamW"),
+    "SGD": Step(optimizer=lambda agent: torch.optim.SGD(agent.parameters(), lr=1e-3), words="not SGD"),
+    "two groups": Step(
+        optimizer=lambda agent: torch.optim.Adam(
+            [{"params": part.parameters()} for part in (agent.actor, agent.critic)]
+        ),
+        words="2 groups of parameters",
+    ),
+    "amsgrad": Step(optimizer=lambda agent: torch.optim.Adam(agent.parameters(), amsgrad=True), words="not Adam"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_of_the_gradient_step_takes_effect_and_one_line_says_that_nothing_is_compiled(name, capsys):
+    edit = EDITS[name]
+    args = CommonArgs()
+    torch.manual_seed(0)
+    agents = [Agent(*read_spaces(args), args) for _ in range(2)]
+    agents[1].load_state_dict(agents[0].state_dict())
+    optimizers = [edit.optimizer(agent) for agent in agents]
+
+    def gradient_step(agent, optimizer, minibatch, rows):
+        losses = ppo_loss(agent, minibatch, rows, args)
+        optimizer.zero_grad()
+        edit.loss(losses, agent).backward()
+        nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        edit.afterwards(agent)
+        return torch.stack(losses).detach()
+
+    shown, other = (partial(gradient_step, *pair) for pair in zip(agents, optimizers, strict=True))
+    minibatch = Learner(args).minibatch(32)
+    minibatch = Batch(*(field.float() if field.is_floating_point() else field for field in minibatch))
+    step = compile_gradient_step(shown, agents[0], optimizers[0], args, [minibatch], lambda tensor: tensor, 1)
+    for _ in range(3):
+        torch.testing.assert_close(step(minibatch, 32), other(minibatch, 32), rtol=1e-4, atol=1e-6)
+    weights = [torch.cat([parameter.flatten() for parameter in agent.parameters()]) for agent in agents]
+    said = capsys.readouterr().err
+    if name == "none":
+        assert "without compilation" not in said
+        torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+    else:
+        assert torch.equal(*weights)
+        assert said.count("going on without compilation") == 1 and edit.words in said
+
+
+def test_an_edit_that_takes_effect_later_is_found_later(capsys, monkeypatch):
+    monkeypatch.setattr("rl.compiled.PROVE_EVERY", 5)
+    learner = Learner(CommonArgs(hidden_sizes=(8,)))
+    plain, taken = learner.plain_step, []
+
+    def edited(minibatch, rows):
+        losses = plain(minibatch, rows)
+        taken.append(losses)
+        if len(taken) > 1:
+            shrink(learner.agent)
+        return losses
+
+    learner.plain_step = edited
+    step = learner.compiled_step(16)
+    for count in range(1, 9):
+        step(learner.minibatch(16), 16)
+        assert ("without compilation" in capsys.readouterr().err) == (count == 6)
+
+
+def test_one_row_on_an_edge_of_the_loss_does_not_end_compilation(capsys):
+    """Where a unit of the network is exactly off for one row, rounding decides whether it learns from that row."""
+    minibatch = Learner(CommonArgs(hidden_sizes=(8,))).minibatch(16)
+    differing = 5
+
+    def shown(batch, rows):
+        on_the_edge = (batch.observations == minibatch.observations[differing]).all(-1).any()
+        return take(batch, 1.0 + on_the_edge)
+
+    def take(batch, value):
+        state.weights.add_(value)
+        state.steps.add_(1)
+        return torch.zeros(6)
+
+    state = AdamState(*(torch.zeros(1) for _ in range(4)))
+    group = {"lr": 0.0, "eps": 1e-5, "betas": (0.9, 0.999)}
+    step = ProvenStep(shown, lambda batch, rows: take(batch, 1.0), "", state, group, ["w"], [1], lambda tensor: tensor)
+    state.exp_avg_sq.fill_(1)
+    step._difference = lambda before, one, other: "the weights" * (not torch.equal(one[1].weights, other[1].weights))
+    step(minibatch, 16)
+    assert step.is_proven and state.weights == 1  # what the fast way did stands
+    assert capsys.readouterr().err == ""

@@ -30,7 +30,7 @@ def test_the_same_paragraphs_stand_in_the_same_order():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_paragraphs_tell_the_whole_story(script):
-    story = ["Launch", "Log", "Environments", "Agent", "Optimizer", "Loop over updates", "Rollout", "Advantages"]
+    story = ["Launch", "Log", "Agent", "Optimizer", "Environments", "Loop over updates", "Rollout", "Advantages"]
     story += ["Share", "Optimize", "Log", "Test"]
     names = [name.partition(",")[0] for name in paragraphs(script)]
     rest = iter(names)

@@ -259,7 +259,8 @@ def test_a_checkpoint_of_something_else_is_named_with_what_it_lacks(tmp_path, ca
     torch.save({"agent": {}, "update": 1, "args": {}}, file)
     line = failure(capsys, rl.evaluate, file)
     assert (
-        f"{file} is no checkpoint of ours: it lacks environments, global_step, optimizer, scalars, world_size" in line
+        f"{file} is no checkpoint of ours: it lacks acting_weights, environments, global_step, optimizer, scalars"
+        in line
     )
 
 
