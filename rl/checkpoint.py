@@ -102,7 +102,7 @@ class Checkpoints:
             acting_weights: those that act in the next rollout, where they are not the agent's, [P].
 
         Raises:
-            RunError: if that of the last update cannot be written.
+            RunError: if that of the last update cannot be written, or the run's folder is gone.
         """
         if self.ranks.rank == 0:
             state = {
@@ -117,6 +117,8 @@ class Checkpoints:
             }
             self.state = _copy_to_cpu(state)  # the next update changes the tensors
         self.update = update
+        if self.ranks.rank == 0 and not self.folder.parent.exists():
+            raise RunError(f"the run's folder {self.folder.parent} was deleted, and its log is lost")
         is_last = update == self.args.num_updates
         if not is_last and update % self.args.checkpoint_every != 0:
             return

@@ -109,7 +109,8 @@ def give_up(what: str) -> Iterator[None]:
         if not isinstance(cause, OSError):
             raise
         if what not in _given_up:
-            say(f"warning: {what} cannot be written ({cause.strerror or cause}): training goes on without")
+            reason = cause.strerror or " ".join(str(cause).split())[:200]
+            say(f"warning: {what} cannot be written ({reason}): training goes on without")
         _given_up.add(what)
 
 
@@ -172,7 +173,7 @@ def _end(error: BaseException) -> int:
     message, code = _explain(error)
     if _save is not None:
         _try(_save)
-    if isinstance(error, Stopped) and message and _resumable and _resumable.exists():
+    if message and message.startswith("stopped") and _resumable and _resumable.exists():
         message += f"; go on with --resume {_resumable}"
     peers = known_peers()
     if message and (peers is None or peers.may_speak()):

@@ -92,9 +92,21 @@ def check_video(args: EnvironmentArgs) -> None:
         raise ValueError("videos need the package moviepy: pip install -r requirements.txt")
 
 
+class Recorder(RecordVideo):
+    """Records videos as long as the disk takes them: training does not end for one."""
+
+    def stop_recording(self) -> None:
+        """Write the video."""
+        from rl.ending import give_up  # here, because it imports torch
+
+        with give_up("a video"):
+            super().stop_recording()
+        self.recorded_frames, self.recording, self._video_name = [], False, None
+
+
 def record_training(folder: Path) -> Callable[[gym.Env], gym.Env]:
     """Return a wrapper that records the episodes 0, 1, 8, 27, ..., 1000, 2000, ... of an environment."""
-    return lambda env: RecordVideo(env, str(folder), name_prefix=_free_name(folder, "train"))
+    return lambda env: Recorder(env, str(folder), name_prefix=_free_name(folder, "train"))
 
 
 def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env]:
@@ -102,7 +114,7 @@ def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env
 
     def record(env: gym.Env) -> gym.Env:
         prefix = _free_name(folder, name)
-        return RecordVideo(env, str(folder), name_prefix=prefix, episode_trigger=lambda episode: episode == 0)
+        return Recorder(env, str(folder), name_prefix=prefix, episode_trigger=lambda episode: episode == 0)
 
     return record
 

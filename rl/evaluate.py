@@ -67,7 +67,7 @@ def evaluate(
         RunError: if an environment fails, or a reward is not finite; it names the environment or the episode.
     """
     device = next(agent.parameters()).device
-    args = replace(args, env_backend="gymnasium")
+    args = replace(args, env_backend="gymnasium", env_threads=1)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     at_once = 1 if video_folder else AT_ONCE
     for first in range(0, episodes, at_once):

@@ -59,6 +59,8 @@ def _difference(agent: Agent, outputs: Outputs, fast: Policy, act: Policy, obser
 
     The observations alone may be all alike, or zero as many layers leave it, so they are also shaken.
     """
+    if not np.isfinite(observations).all():
+        return ""  # the rollout ends with a line about it
     rng = np.random.default_rng(0)
     shaken = np.repeat(observations, -(-PROOF_ROWS // len(observations)), 0)
     shaken = np.concatenate([observations, shaken + rng.standard_normal(shaken.shape, dtype=np.float32)])

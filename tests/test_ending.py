@@ -1,7 +1,9 @@
 """Whatever ends a run: one line says so, no process is left, and what was learnt is on the disk."""
 
 import os
+import pstats
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -12,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -41,6 +44,9 @@ SHORT = [*FLAGS, f"--total-timesteps={4 * 128}"]
 LONG = [*FLAGS, f"--total-timesteps={UPDATES * 128}"]
 ENDLESS = [*FLAGS, f"--total-timesteps={300 * 128}"]
 RARELY = "--checkpoint-every=1000"
+# An episode without an end, so that hundreds of pictures wait to be written when the run ends.
+VIDEO = [*ENDLESS, "--env-id=Pendulum-v1", "--capture-video", "--env-kwargs", "max_episode_steps=100000"]
+VIDEO_EPISODES = [*LONG, "--capture-video", "--num-envs=1"]
 
 
 class Case(NamedTuple):
@@ -127,6 +133,9 @@ SILENT = {
 SIGNALLED = {
     "python, SIGTERM": (python(TORCH, *LONG, RARELY), signal.SIGTERM),
     "python, SIGINT": (python(TORCH, *ENDLESS, RARELY), signal.SIGINT),
+    "python, SIGHUP": (python(TORCH, *ENDLESS, RARELY), signal.SIGHUP),
+    "python, SIGQUIT": (python(TORCH, *ENDLESS, RARELY), signal.SIGQUIT),
+    "python, SIGINT, a long video": (python(TORCH, *VIDEO, RARELY), signal.SIGINT),
     "torchrun, SIGTERM": (torchrun(2, TORCH, *ENDLESS, RARELY), signal.SIGTERM),
     "fabric run, SIGINT": (fabric_run(2, DECOUPLED, *ENDLESS, RARELY), signal.SIGINT),
 }
@@ -155,6 +164,7 @@ FAULTY = {
     ),
 }
 ON_A_SMALL_DISK = {
+    "a full disk, decoupled, videos": Case(torchrun(2, DECOUPLED, *VIDEO_EPISODES), fill_the_disk),
     "a full disk": Case(python(TORCH, *LONG), fill_the_disk),
     "a disk full for a while": Case(python(FABRIC, *LONG), fill_the_disk_for_a_while),
 }
@@ -203,6 +213,7 @@ def finished(request, tmp_path_factory, small_disk):
         cwd = small_disk() if name in ON_A_SMALL_DISK else tmp_path_factory.mktemp("launch")
         return run(command, cwd, PATIENCE, {"PYTHONPATH": str(ROOT)}, meanwhile)
 
+    tmp_path_factory.getbasetemp()  # makes it, which threads must not do at once
     with ThreadPoolExecutor(3) as pool:
         futures = {name: pool.submit(launch, name) for name in CASES if name in wanted}
         yield lambda name: futures[name].result()
@@ -327,7 +338,23 @@ def test_a_full_disk_ends_a_run_only_when_it_is_done_and_leaves_the_checkpoint_b
     assert 1 <= newest_checkpoint(launch.cwd)["update"] < UPDATES
 
 
-@pytest.mark.parametrize("name", ["a disk full for a while", "a deleted run"])
+@pytest.mark.parametrize("name", ["a full disk, decoupled, videos"])
+def test_a_full_disk_ends_no_run_that_records_videos_before_its_time(finished, name):
+    launch = finished(name)
+    assert launch.output.count("warning: a video cannot be written") == 1, launch.output
+    assert_one_line_says(launch, f"error: the last checkpoint cannot be written: .* [(]rank 0, update {UPDATES}[)]")
+
+
+@pytest.mark.parametrize("name", ["a deleted run"])
+def test_a_run_whose_folder_is_deleted_ends_with_a_line_and_a_checkpoint(finished, name):
+    launch = finished(name)
+    (folder,) = run_folders(launch.cwd)
+    words = f"error: the run's folder {re.escape(str(folder.relative_to(launch.cwd)))} was deleted, and its log is lost"
+    assert_one_line_says(launch, words + r" \(update \d+\)")
+    assert newest_checkpoint(launch.cwd)["update"] == int(re.search(r"update (\d+)\)", launch.error_lines[0])[1])
+
+
+@pytest.mark.parametrize("name", ["a disk full for a while"])
 def test_a_run_survives_what_happens_to_its_files_in_the_meantime(finished, name):
     launch = finished(name)
     assert launch.returncode == 0, launch.output
@@ -356,3 +383,90 @@ def test_a_process_that_is_killed_before_it_has_joined_is_restarted(finished, na
     assert launch.output.count("mean return of") == 1
     assert_no_process_is_left(launch)
     assert_equal_weights(newest_checkpoint(launch.cwd), newest_checkpoint(finished(undisturbed).cwd))
+
+
+SHELL = {
+    "2>&1 | head -1": "2>&1 | head -1",
+    "2>&-": "2>&-",
+    ">&- 2>&-": ">&- 2>&-",
+}
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_a_run_that_nobody_listens_to_any_more_comes_to_its_end(name, tmp_path):
+    command = shlex.join(python(TORCH, *SHORT, "--exp-name=unheard"))
+    script = f"{{ {command}; echo $? > code; }} {SHELL[name]}"
+    finished = run(["bash", "-c", script], tmp_path, PATIENCE)
+    assert (tmp_path / "code").read_text() == "0\n", finished.output
+    assert newest_checkpoint(tmp_path)["update"] == 4
+    assert "Traceback" not in finished.output
+    assert {path.name for path in tmp_path.iterdir()} == {"code", "logs"}
+
+
+def test_what_was_registered_with_atexit_is_done_and_a_profile_is_written(tmp_path):
+    script = tmp_path / "train.py"
+    registered = "import atexit\natexit.register(lambda: open('registered', 'w').close())\n"
+    script.write_text(registered + (ROOT / TORCH).read_text())
+    command = [sys.executable, "-m", "cProfile", "-o", "profile", str(script), *SHORT]
+    finished = run(command, tmp_path, PATIENCE, {"PYTHONPATH": str(ROOT)})
+    assert finished.returncode == 0, finished.output
+    assert (tmp_path / "registered").exists()
+    assert "train.py" in str(pstats.Stats(str(tmp_path / "profile")).stats.keys())
+
+
+SLOW_START = """
+import os, runpy, sys, time
+import rl.replay
+
+def restore_slowly(*args, restore=rl.replay.ReplayableEnvs.restore):
+    time.sleep({seconds} if os.environ["RANK"] == "{rank}" else 0)
+    return restore(*args)
+
+rl.replay.ReplayableEnvs.restore = restore_slowly
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module", params=[TORCH, DECOUPLED])
+def to_be_resumed(request, tmp_path_factory):
+    """A script, and the folder of a run of it on two processes that lacks its last update."""
+    cwd = tmp_path_factory.mktemp("run")
+    finished = run(torchrun(2, request.param, *SHORT), cwd, PATIENCE)
+    assert finished.returncode == 0, finished.output
+    (folder,) = run_folders(cwd)
+    (folder / "checkpoints" / "update_00000004.ckpt").unlink()
+    return request.param, folder
+
+
+def resume_slowly(to_be_resumed, tmp_path, rank, seconds, timeout, meanwhile=None):
+    script, folder = to_be_resumed
+    resumed = Path(shutil.copytree(folder, tmp_path / folder.name))
+    (tmp_path / "slow.py").write_text(SLOW_START.format(seconds=seconds, rank=rank, script=str(ROOT / script)))
+    command = torchrun(2, tmp_path / "slow.py", "--resume", str(resumed), f"--timeout={timeout}")
+    return run(command, tmp_path, PATIENCE, {"PYTHONPATH": str(ROOT)}, meanwhile), resumed
+
+
+def test_a_process_that_repeats_its_episodes_for_long_is_waited_for_longer_than_the_timeout(to_be_resumed, tmp_path):
+    launch, resumed = resume_slowly(to_be_resumed, tmp_path, rank=0, seconds=16, timeout=8)
+    assert launch.returncode == 0, launch.output
+    assert (resumed / "checkpoints" / "update_00000004.ckpt").exists()
+
+
+@pytest.mark.parametrize("to_be_resumed", [TORCH], indirect=True)
+def test_a_process_that_dies_while_another_waits_for_it_to_be_ready_is_named(to_be_resumed, tmp_path):
+    def kill(launch):
+        time.sleep(8)  # rank 0 is ready, rank 1 sleeps
+        os.kill(process_id := launch.rank(1), signal.SIGKILL)
+        return process_id
+
+    launch, _ = resume_slowly(to_be_resumed, tmp_path, rank=1, seconds=1000, timeout=60, meanwhile=kill)
+    assert_one_line_says(launch, rf"error: rank 1 \(process {launch.seen} on {HOST}\) died before the first update")
+    assert launch.seconds < LIMIT
+
+
+def test_a_trainer_that_compiles_for_long_is_waited_for_longer_than_the_timeout(tmp_path):
+    command = torchrun(2, DECOUPLED, *FLAGS, "--total-timesteps=512", "--compile", "--timeout=5")
+    launch = run(command, tmp_path, PATIENCE, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cold")})
+    assert launch.returncode == 0, launch.output
+    assert launch.output.count("compiling the gradient step") == 1
