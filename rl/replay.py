@@ -120,8 +120,7 @@ class ReplayableEnvs(SyncVectorEnv):
             self._make_room()
         self.actions[self.num_steps - self.kept_from] = actions
         self.num_steps += 1
-        ended: list[int] = []
-        final_observations = np.full(self.num_envs, None, dtype=object)
+        final_observations: dict[int, np.ndarray] = {}
         length = self.length
         for index, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             try:
@@ -132,14 +131,13 @@ class ReplayableEnvs(SyncVectorEnv):
                 self.terminations[index] = terminated
                 self.truncations[index] = truncated
                 if terminated or truncated:
-                    ended.append(index)
                     final_observations[index] = np.array(observation)  # the next episode may write into the same array
                 else:
                     self.observations[index] = observation
             except (Exception, SystemExit) as error:
                 raise _failure(index, error) from error
         self.episode_returns += self.rewards
-        info = self._end_episodes(ended, final_observations) if ended else {}
+        info = self._end_episodes(final_observations) if final_observations else {}
         return self.observations, self.rewards.copy(), self.terminations.copy(), self.truncations.copy(), info
 
     def mark(self, update: int) -> None:
@@ -239,13 +237,15 @@ class ReplayableEnvs(SyncVectorEnv):
         self.episode_returns[index] = 0
         self.first[index] = self.num_steps
 
-    def _end_episodes(self, ended: list[int], final_observations: np.ndarray) -> dict[str, Any]:
+    def _end_episodes(self, final_observations: dict[int, np.ndarray]) -> dict[str, Any]:
         """Reset the environments whose episodes ended; return the info of the step."""
-        mask = self.terminations | self.truncations
-        statistics = {"r": np.where(mask, self.episode_returns, 0), "l": np.where(mask, self.episode_lengths, 0)}
-        for index in ended:
+        ended = self.terminations | self.truncations
+        finals = np.full(self.num_envs, None, dtype=object)
+        statistics = {"r": np.where(ended, self.episode_returns, 0), "l": np.where(ended, self.episode_lengths, 0)}
+        for index, observation in final_observations.items():
+            finals[index] = observation
             self._begin_episode(index, self.episodes[index] + 1)
-        return {"final_obs": final_observations, "_final_obs": mask, "episode": statistics, "_episode": mask}
+        return {"final_obs": finals, "_final_obs": ended, "episode": statistics, "_episode": ended}
 
     def _forget(self, num_steps: int) -> None:
         """Forget all actions and marks, and begin to count after `num_steps` vector steps."""
