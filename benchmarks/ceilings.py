@@ -22,6 +22,7 @@ import torch.distributed as dist
 import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from benchmarks.compiling import make_gradient_step, random_minibatch
 from benchmarks.rivals import NUM_ENVS, ROLLOUT_LENGTH
 from rl.agent import Agent
 from rl.args import TorchArgs
@@ -29,7 +30,6 @@ from rl.compiled import compile_gradient_step
 from rl.distributions import draw_action_noise
 from rl.envs import make_envs, read_spaces
 from rl.launch import read_ranks
-from rl.minibatch import Batch
 from rl.placement import keep_to_own_cores
 from rl.policy import make_policy
 
@@ -65,17 +65,15 @@ def main(options: Options) -> None:
 
     observation_space, action_space = read_spaces(args)
     agent = Agent(observation_space, action_space, args)
-    policy = make_policy(agent)
     observations = np.zeros((options.num_envs, *observation_space.shape), dtype=np.float32)
+    policy = make_policy(agent, observations)
     noise = draw_action_noise(agent.distribution, ROLLOUT_LENGTH, range(options.num_envs), args.seed, 1).numpy()
     rollout = torch.zeros(ROLLOUT_LENGTH, *observations.shape)
     actions = agent.distribution.empty_actions(*rollout.shape[:2])
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
-    zeros = Batch.zeros(options.minibatch_size, observation_space, agent.distribution)
-    minibatch = Batch(*(torch.randn_like(field) if field.is_floating_point() else field for field in zeros))
-    step = compile_gradient_step(
-        lambda minibatch, rows: minibatch.values, agent, optimizer, args, minibatch, lambda tensor: tensor, world_size=1
-    )
+    minibatch = random_minibatch(agent, observation_space, options.minibatch_size)
+    shown = make_gradient_step(agent, optimizer, args)
+    step = compile_gradient_step(shown, agent, optimizer, args, [minibatch], lambda tensor: tensor, world_size=1)
     parts: dict[str, tuple[Callable[[int], object], int]] = {  # and how often an update calls them
         "gymnasium": (lambda t: gymnasiums.step(random_actions[t]), ROLLOUT_LENGTH),
         "ours": (lambda t: ours.step(random_actions[t]), ROLLOUT_LENGTH),

@@ -19,7 +19,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.checkpoint import Checkpoints, environment_states
+from rl.checkpoint import Checkpoints
 from rl.envs import make_envs, read_spaces, reset_envs
 
 ENV_IDS = ("CartPole-v1", "LunarLander-v3", "BipedalWalker-v3")
@@ -63,16 +63,16 @@ def main() -> None:
         optimizer = torch.optim.Adam(agent.parameters())
         sum(parameter.sum() for parameter in agent.parameters()).backward()
         optimizer.step()
-        observations = reset_envs(envs, 0, 0)
+        reset_envs(envs, 0, 0)
         for step_actions in actions:
-            observations, *_ = envs.step(step_actions)
+            envs.step(step_actions)
         seconds = []
         with TemporaryDirectory(dir=".") as folder:
-            checkpoints = Checkpoints(Path(folder), args)
+            checkpoints = Checkpoints(Path(folder), args, envs, gather=None)
             for update in range(1, REPEATS + 1):
                 start = time.perf_counter()
-                environments = environment_states(envs, observations, agent, gather=None)
-                checkpoints.add(update, agent.state_dict(), optimizer, {}, environments)
+                envs.mark(update)
+                checkpoints.add(update, agent.state_dict(), optimizer, {})
                 seconds.append(time.perf_counter() - start)
             kilobytes = max(path.stat().st_size for path in Path(folder).glob("*/*.ckpt")) / 1000
         figures = (f"{microseconds:.2f}", f"{percent:.1f}", f"{kilobytes:.0f}", f"{1000 * median(seconds):.1f}")

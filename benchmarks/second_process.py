@@ -16,11 +16,11 @@ import torch.distributed as dist
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
+from benchmarks.compiling import make_gradient_step, random_minibatch, sum_over_ranks
 from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.compiled import compile_gradient_step
 from rl.launch import read_ranks
-from rl.minibatch import Batch
 from rl.placement import keep_to_own_cores
 
 REPEATS = 7
@@ -29,24 +29,16 @@ ROWS = (64, 256, 1024, 4096)
 UNITS = (64, 256, 512)  # of each hidden layer
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Add up a tensor over the two processes."""
-    dist.all_reduce(tensor)
-    return tensor
-
-
 def make_step(units: int, rows: int, processes: int) -> Callable[[], Tensor]:
     """Return a gradient step of one or of two processes on a minibatch of `rows` rows in all."""
     args = CommonArgs(hidden_sizes=(units, units))
     observation_space = Box(-1, 1, (8,))
     agent = Agent(observation_space, Discrete(4), args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
-    zeros = Batch.zeros(rows // processes, observation_space, agent.distribution)
-    minibatch = Batch(*(torch.randn_like(field) if field.is_floating_point() else field for field in zeros))
-    step = compile_gradient_step(
-        lambda minibatch, rows: minibatch.values, agent, optimizer, args, minibatch, sum_over_ranks, processes
-    )
-    return lambda: step(minibatch, minibatch.num_rows)
+    minibatch = random_minibatch(agent, observation_space, rows // processes)
+    shown = make_gradient_step(agent, optimizer, args)
+    step = compile_gradient_step(shown, agent, optimizer, args, [minibatch], sum_over_ranks, processes)
+    return lambda: step.fast(minibatch, minibatch.num_rows)  # without the proofs, for which all processes meet
 
 
 def microseconds(step: Callable[[], Tensor]) -> float:

@@ -13,9 +13,10 @@ import tyro
 
 from rl.presets import PRESETS
 
-# What compiling the gradient step takes, and what each step then saves, in seconds, on 2 cores
-COMPILE_SECONDS = 10  # between 3 from a warm cache and 20 from a cold one
-SAVED_ALONE, SAVED_TOGETHER = 0.9e-3, 1.8e-3
+# Seconds that compiling the gradient step takes where nothing is cached, and that each step then saves, for one process
+# and for several: python -m benchmarks.compiling
+COMPILING_ALONE, SAVED_ALONE = 7.5, 0.55e-3
+COMPILING_TOGETHER, SAVED_TOGETHER = 11.0, 1.0e-3
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric run`, those that train_fabric.py follows
 
 
@@ -251,7 +252,9 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         if self.compile is not None:
             return self.compile
         steps = self.num_updates * self.update_epochs * self.minibatches_per_epoch(num_rows, world_size)
-        return steps * (SAVED_ALONE if world_size == 1 else SAVED_TOGETHER) > COMPILE_SECONDS
+        if world_size == 1:
+            return steps * SAVED_ALONE > COMPILING_ALONE
+        return steps * SAVED_TOGETHER > COMPILING_TOGETHER
 
     def learning_rate_at(self, update: int) -> float:
         """Return the learning rate of an update, counted from 1."""
