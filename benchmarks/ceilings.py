@@ -79,7 +79,7 @@ def main(options: Options) -> None:
         "ours": (lambda t: ours.step(random_actions[t]), ROLLOUT_LENGTH),
         "action": (lambda t: policy(observations, noise[t]), ROLLOUT_LENGTH),
         "evaluation": (lambda _: agent(rollout, actions), 1),
-        "gradient": (lambda _: step(minibatch, options.minibatch_size), options.gradient_steps),
+        "gradient": (lambda _: step.fast(minibatch, options.minibatch_size), options.gradient_steps),
     }
     if distributed := "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -87,7 +87,7 @@ def main(options: Options) -> None:
         weights = torch.zeros(sum(parameter.numel() for parameter in agent.parameters()))
         # After a gradient step, because a process that waits meanwhile takes longer to wake than one that is busy.
         parts["gradient, all_reduce"] = (
-            lambda _: (step(minibatch, options.minibatch_size), dist.all_reduce(weights)),
+            lambda _: (step.fast(minibatch, options.minibatch_size), dist.all_reduce(weights)),
             options.gradient_steps,
         )
 

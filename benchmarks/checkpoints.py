@@ -17,6 +17,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
+from benchmarks.raw import keep
 from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.checkpoint import Checkpoints
@@ -50,6 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| environment | µs per step more than Gymnasium's classes | % | checkpoint, kB | gather and write, ms |")
     print("|" + " --- |" * 5)
+    raw = []
     for env_id in ENV_IDS:
         args = CommonArgs(env_id=env_id, num_envs=8, total_timesteps=REPEATS * CommonArgs.num_steps)
         envs, plain = make_envs(args, args.num_envs), forgetful_envs(args)
@@ -77,6 +79,9 @@ def main() -> None:
             kilobytes = max(path.stat().st_size for path in Path(folder).glob("*/*.ckpt")) / 1000
         figures = (f"{microseconds:.2f}", f"{percent:.1f}", f"{kilobytes:.0f}", f"{1000 * median(seconds):.1f}")
         print("|", env_id, "|", " | ".join(figures), "|")
+        kept = zip(pairs.tolist(), seconds, strict=True)
+        raw += [{"env_id": env_id, "ours_s": o, "gymnasium_s": g, "checkpoint_s": c} for (o, g), c in kept]
+    keep("checkpoints", raw)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from benchmarks.raw import keep
 from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.distributions import draw_action_noise
@@ -55,6 +56,7 @@ def seconds_in_rollout(args: CommonArgs) -> float:
 def main() -> None:
     """Print a table in Markdown."""
     torch.set_num_threads(1)
+    raw = []
     print("| environment | environments | | Gymnasium, steps/s | EnvPool, steps/s | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     for env_id, num_envs, measure in product(
@@ -67,6 +69,9 @@ def main() -> None:
         ratio = median(slow / fast for slow, fast in pairs)
         label = "alone" if measure is seconds_alone else "in a rollout"
         print(f"| {env_id} | {num_envs} | {label} |", *(f"{speed:,.0f} |" for speed in speeds), f"{ratio:.1f} |")
+        setting = {"env_id": env_id, "num_envs": num_envs, "measured": label}
+        raw += [setting | {"gymnasium_seconds": slow, "envpool_seconds": fast} for slow, fast in pairs]
+    keep("env_backends", raw)
 
 
 if __name__ == "__main__":

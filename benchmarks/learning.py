@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ EPISODES = 100  # of a test
 TEST_SEED = 10_000  # and the run's seed: of a test
 POINTS = 100  # of a learning curve, about so many are kept
 RESAMPLES = 9999  # of a bootstrap
+LEAST_SEEDS = 5  # of fewer there is no interval to speak of
 
 
 class Entry(NamedTuple):
@@ -167,6 +169,9 @@ def train(name: str, seed: int, port: int) -> dict[str, Any]:
         command.insert(len(FABRIC), f"--main-port={port}")
     start = time.time()
     printed = run([*command, "--seed", str(seed)], folder)
+    version = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     if "stable_baselines3" in " ".join(command):
         result = json.loads(printed.splitlines()[-1])
     else:
@@ -188,6 +193,7 @@ def train(name: str, seed: int, port: int) -> dict[str, Any]:
     return {
         "entry": name,
         "seed": seed,
+        "commit": version,  # of the code: seconds of different versions are not comparable
         **{what: round(result[what], 2) for what in ("mean_return", "std_return", "steps", "seconds")},
         "solved": solved and solved[:2],  # steps and seconds until the curve reached the environment's threshold
         "curve": curve[:: -(-len(curve) // POINTS) or 1],
@@ -253,9 +259,12 @@ def print_table(results: list[dict[str, Any]]) -> None:
             continue
         returns = [row["mean_return"] for row in rows]
         mean, low, high = interquartile_mean(returns)
-        cells = [name, entry.env_id, f"{rows[0]['steps']:,}", len(rows), f"{mean:.1f}", f"{low:.1f} to {high:.1f}"]
+        interval = f"{low:.1f} to {high:.1f}" if len(rows) >= LEAST_SEEDS else ""
+        version = Counter(row["commit"] for row in rows).most_common(1)[0][0]
+        seconds = median(row["seconds"] for row in rows if row["commit"] == version)
+        cells = [name, entry.env_id, f"{rows[0]['steps']:,}", len(rows), f"{mean:.1f}", interval]
         cells += [f"{median(returns):.1f}", f"{min(returns):.1f}", PUBLISHED.get(entry.env_id, "")]
-        print("|", *(f"{cell} |" for cell in cells), f"{median(row['seconds'] for row in rows):.0f} |")
+        print("|", *(f"{cell} |" for cell in cells), f"{seconds:.0f} |")
     print()
     print("| seconds until 100 training episodes reach the threshold | threshold | by seed | median | ratio |")
     print("| --- | --- | --- | --- | --- |")

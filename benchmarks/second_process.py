@@ -17,6 +17,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from benchmarks.compiling import make_gradient_step, random_minibatch, sum_over_ranks
+from benchmarks.raw import keep
 from rl.agent import Agent
 from rl.args import CommonArgs
 from rl.compiled import compile_gradient_step
@@ -58,6 +59,7 @@ def main() -> None:
     if is_first:
         print("| rows of the minibatch | units of each layer | one process, µs | two, µs | one / two |")
         print("| --- | --- | --- | --- | --- |")
+    raw = []
     for rows, units in product(ROWS, UNITS):
         torch.compiler.reset()
         one, two = make_step(units, rows, 1), make_step(units, rows, 2)
@@ -67,10 +69,13 @@ def main() -> None:
             dist.broadcast(alone, 0)
             dist.barrier()
             pairs.append((alone.item(), microseconds(two)))
+        raw += [{"rows": rows, "units": units, "one_us": alone, "two_us": together} for alone, together in pairs]
         medians = (f"{median(times):,.0f}" for times in zip(*pairs, strict=True))
         if is_first:
             ratio = median(alone / together for alone, together in pairs)
             print(f"| {rows} | {units} |", " | ".join(medians), f"| {ratio:.2f} |", flush=True)
+    if is_first:
+        keep("second_process", raw)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Training speed of our scripts, of other libraries, and of what no program can be faster than.
+"""Training speed of our scripts, of other libraries, and of the parts of an update alone.
 
     python -m benchmarks.speed                                    # ours, and stable-baselines3 if it is installed here
     python -m benchmarks.speed --sheeprl PYTHON --torchrl PYTHON --cleanrl PYTHON --cleanrl-checkout FOLDER
@@ -61,7 +61,7 @@ PARTS = ("environment", "policy", "gradient", "all_reduce")
 
 @dataclass
 class Options:
-    """Compare the training speed of our scripts with other libraries and with the ceiling."""
+    """Compare the training speed of our scripts with other libraries and with the parts of an update alone."""
 
     repeats: int = 5
     """How often everything is run."""
@@ -186,8 +186,8 @@ def contestants(options: Options) -> dict[str, Callable[[str, str], dict[str, fl
         runs[name] = lambda *setting, name=name: run_ours(name, *setting, LONGER * options.updates, "--compile")
     for name in STARTS:
         runs[f"{name} --no-compile"] = lambda *setting, name=name: run_ours(name, *setting, WARM_UP + 1, "--no-compile")
-    runs["limit"] = partial(run_ceiling, 1)
-    runs["limit x 2"] = partial(run_ceiling, 2)
+    runs["parts alone"] = partial(run_ceiling, 1)
+    runs["parts alone x 2"] = partial(run_ceiling, 2)
     return runs
 
 
@@ -230,18 +230,18 @@ class Table:
     def print(self) -> None:
         """Print the tables in Markdown."""
         settings = list(product(ENV_IDS, CONFIGS))
-        _print_row("steps/s", *self.rivals, MAIN, "ratio to the best", "limit", "share of it")
+        _print_row("steps/s", *self.rivals, MAIN, "ratio to the best", "its parts alone", "share of it")
         _print_row(*["---"] * (len(self.rivals) + 5))
         for setting in settings:
-            ours, limit = self.values(setting, MAIN), self.values(setting, "limit")
+            ours, limit = self.values(setting, MAIN), self.values(setting, "parts alone")
             ratio = f"{_ratio(ours, self.best_rival(setting)):.1f}" if self.rivals else ""
             medians = [f"{median(self.values(setting, name)):,.0f}" for name in (*self.rivals, MAIN)]
             _print_row(", ".join(setting), *medians, ratio, f"{median(limit):,.0f}", f"{_ratio(ours, limit):.2f}")
         print()
-        _print_row("steps/s", *OURS, "overlap / one process", "limit of two", "share of it")
+        _print_row("steps/s", *OURS, "overlap / one process", "parts of two alone", "share of it")
         _print_row(*["---"] * (len(OURS) + 4))
         for setting in settings:
-            one, two, limit = (self.values(setting, name) for name in (MAIN, f"{MAIN} x 2", "limit x 2"))
+            one, two, limit = (self.values(setting, name) for name in (MAIN, f"{MAIN} x 2", "parts alone x 2"))
             overlap = _ratio(self.values(setting, "decoupled --overlap"), one)
             medians = [f"{median(self.values(setting, name)):,.0f}" for name in OURS]
             _print_row(
@@ -256,7 +256,7 @@ class Table:
         print()
         _print_row("microseconds", *PARTS)
         _print_row(*["---"] * (len(PARTS) + 1))
-        for setting, name in product(settings, ("limit", "limit x 2")):
+        for setting, name in product(settings, ("parts alone", "parts alone x 2")):
             shown = [part for part in PARTS if part in self.results[*setting, name, self.repeats[0]]]
             _print_row(
                 ", ".join((*setting, name)), *(f"{median(self.values(setting, name, part)):.0f}" for part in shown)
@@ -281,7 +281,7 @@ def draw(table: Table, path: Path) -> None:
 
     settings = list(product(ENV_IDS, CONFIGS))
     figure, axes = pyplot.subplots(1, len(settings), figsize=(12, 3), layout="constrained")
-    names = [*table.rivals, MAIN, "decoupled --overlap", "limit"]
+    names = [*table.rivals, MAIN, "decoupled --overlap", "parts alone"]
     for axis, setting in zip(axes, settings, strict=True):
         speeds = [median(table.values(setting, name)) for name in names]
         colors = ["0.7"] * len(table.rivals) + ["tab:blue", "tab:cyan", "0.9"]
