@@ -126,7 +126,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device, ranks: R
         observations = restore(checkpoint, agent, optimizer, envs, 0)
         scalars = checkpoint["scalars"]
         log(scalars, done)  # from here on the log is written anew
-        if args.overlap:
+        if args.overlap and done < args.num_updates:
             copy_weights(checkpoint["acting_weights"], agent)
             held = done - 1
 

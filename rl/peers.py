@@ -113,26 +113,32 @@ class Peers:
     def wait_until_all_are_ready(self) -> None:
         """Wait until all processes are ready to train, however long they compile or repeat episodes.
 
-        They wait in the store, since a collective has only the patience for a rollout. A process that is dead, or has
-        not shown for as long as that that it lives, is not waited for.
+        They wait in the store, since a collective has only the patience for a rollout. A process that is dead, or that
+        has not shown life for as long as a rollout may take, is not waited for.
 
         Raises:
             RuntimeError: if a process ended.
             TimeoutError: if one does not show that it lives.
         """
-        self._ask(lambda: self.store.set(f"ready/{self.rank}", ""))
+        self._ask(lambda: self.store.set(f"ready/{self.rank}", ""), self.timeout)
         last_beats = {rank: (b"", time.monotonic()) for rank in self._others()}
-        while waiting := [rank for rank in last_beats if not self._has(f"ready/{rank}")]:
-            if self.died() or self.left():
-                raise RuntimeError("Connection to a process lost before all were ready")
-            for rank in waiting:
+        ready = [f"ready/{rank}" for rank in last_beats]
+        looks = count()
+        while not self._ask(lambda: self.store.check(ready), self.timeout):
+            if self.store_is_lost:
+                raise TimeoutError("the launcher does not answer before the first update")
+            time.sleep(5 * PAUSE)
+            if next(looks) % 10:
+                continue
+            gone = {*self.died(), *self.left()}
+            for rank in (rank for rank in last_beats if not self._has(f"ready/{rank}")):
+                if rank in gone:
+                    raise RuntimeError("Connection to a process lost before all were ready")
                 beat = self._ask(lambda key=f"alive/{rank}": self.store.get(key)) if self._has(f"alive/{rank}") else b""
                 if beat != last_beats[rank][0]:
                     last_beats[rank] = beat, time.monotonic()
-            silent = [rank for rank in waiting if time.monotonic() - last_beats[rank][1] > self.timeout]
-            if silent or self.store_is_lost:
-                raise TimeoutError(f"{self.name(silent or waiting)} does not answer before the first update")
-            time.sleep(5 * PAUSE)
+                if time.monotonic() - last_beats[rank][1] > self.timeout:
+                    raise TimeoutError(f"{self.name([rank])} does not answer before the first update")
 
     def name(self, ranks: list[int]) -> str:
         """Return words for some ranks."""

@@ -334,3 +334,23 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(finished_run, tmp_path, nam
     (line,) = finished.error_lines
     assert words in line, line
     assert "Traceback" not in finished.output
+
+
+@pytest.mark.parametrize("overlap", [(), ("--overlap",)], ids=["", "overlapping"])
+def test_a_run_that_is_killed_when_all_but_its_test_is_done_only_tests_when_it_is_restarted(tmp_path, overlap):
+    flags = [*VECTOR, *FLAGS, *overlap]
+    expected = start(partial(torchrun, 2, DECOUPLED), flags, tmp_path / "undisturbed")
+    dying = torchrun(2, "benchmarks/dying.py", str(ROOT / DECOUPLED), *flags, options=("--max-restarts=1",))
+    environment = {
+        "DYING_MOMENT": "after the rename",
+        "DYING_CHECKPOINT": f"update_{UPDATES:08d}",
+        "DYING_MARKER": str(tmp_path / "died"),
+        "PYTHONPATH": str(ROOT),
+    }
+    (tmp_path / "killed").mkdir()
+    finished = run(dying, tmp_path / "killed", timeout=120, env=environment)
+    assert finished.returncode == 0, finished.output
+    assert (tmp_path / "died").exists()
+    (folder,) = run_folders(tmp_path / "killed")
+    assert logged(folder) == logged(expected)
+    assert finished.output.count(f"restarted: going on after update {UPDATES}") == 1
