@@ -80,6 +80,9 @@ class Checkpoints:
         self.state: dict[str, Any] = {}  # after the last update, but for the environments
         self.writer, self.one_at_a_time = ThreadPoolExecutor(1), Lock()
         self.writing: Future[None] | None = None
+        if self.ranks.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.identity = run_folder.stat().st_ino
         save_at_end(self.write_last)
         if any(self.folder.glob("update_*.ckpt")):
             can_resume(run_folder)
@@ -117,7 +120,7 @@ class Checkpoints:
             }
             self.state = _copy_to_cpu(state)  # the next update changes the tensors
         self.update = update
-        if self.ranks.rank == 0 and not self.folder.parent.exists():
+        if self.ranks.rank == 0 and not self._is_there():
             raise RunError(f"the run's folder {self.folder.parent} was deleted, and its log is lost")
         is_last = update == self.args.num_updates
         if not is_last and update % self.args.checkpoint_every != 0:
@@ -159,6 +162,13 @@ class Checkpoints:
                 peers.leave(f"environments/{update}", _pack(self.envs.states(update)).numpy().tobytes())
             return
         self._write(self.state, environments)
+
+    def _is_there(self) -> bool:
+        """Return whether the run's folder is the one that the run began with; a checkpoint may have made it anew."""
+        try:
+            return self.folder.parent.stat().st_ino == self.identity
+        except OSError:
+            return False
 
     def _write(self, state: dict[str, Any], environments: list[Tensor]) -> None:
         """Write a checkpoint, if the disk takes it, and drop the oldest.

@@ -315,6 +315,8 @@ def test_the_help_of_a_command_can_be_printed_where_there_is_only_ascii(name):
 
 @pytest.mark.parametrize("name", ["evaluate", "export"])
 def test_a_command_finds_an_environment_in_the_working_directory(name, run_folder, tmp_path):
+    if name == "export":
+        pytest.importorskip("onnxscript", reason="export is optional: requirements-export.txt")
     (tmp_path / "my_envs.py").write_text(MY_ENVS)
     checkpoint = torch.load(max((run_folder / "checkpoints").iterdir()), weights_only=True)
     checkpoint["args"]["env_id"] = "my_envs:Mine-v0"
