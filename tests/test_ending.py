@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from rl import peers
 from rl.agent import Agent
 from rl.args import TorchArgs
 from rl.distributions import draw_action_noise
@@ -363,7 +364,9 @@ def test_a_run_survives_what_happens_to_its_files_in_the_meantime(finished, name
     assert newest_checkpoint(launch.cwd)["update"] == UPDATES
 
 
-def test_what_was_there_before_the_first_update_is_let_go_when_the_process_leaves():
+def test_what_was_there_before_the_first_update_is_let_go_when_the_process_leaves(monkeypatch):
+    monkeypatch.setattr(peers, "_peers", None)  # another test may have met others in this process
+
     class Module:
         """Sits in a reference cycle, as DistributedDataParallel does."""
 
