@@ -8,7 +8,7 @@
 """
 
 from rl.args import FabricArgs
-from rl.cli import parse
+from rl.run.command_line import parse
 
 if __name__ == "__main__":
     args = parse(FabricArgs)  # before the slow imports, so that --help and mistakes are answered at once
@@ -21,25 +21,26 @@ from lightning import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from torch import Tensor
 
-from rl.agreement import check_agreement, weights_checksum
-from rl.checkpoint import Checkpoints, restore, shared_checkpoint
-from rl.compiled import compile_gradient_step
-from rl.distributions import draw_action_noise
-from rl.ending import at_end, give_up, run, updates
-from rl.envs import make_envs, read_spaces, record_training, reset_envs
+from rl.environments.making import make_envs, read_spaces, record_training, reset_envs
+from rl.environments.rollout import collect_rollout
 from rl.evaluate import evaluate
-from rl.gae import generalized_advantage_estimation
-from rl.launch import read_ranks
-from rl.lightning_agent import LightningAgent
-from rl.loss import Losses
-from rl.metrics import name_means, sum_episodes, sum_losses
-from rl.minibatch import Batch, minibatch_sizes, minibatches
-from rl.normalize import moments, normalize_advantages
-from rl.peers import join
-from rl.placement import keep_to_own_cores, place
-from rl.progress import Progress
-from rl.rollout import collect_rollout
-from rl.run_folder import choose_run_folder, hyperparameter_table
+from rl.fast.gradient_step import compile_gradient_step
+from rl.ppo.batch import Batch
+from rl.ppo.distributions import draw_action_noise
+from rl.ppo.gae import generalized_advantage_estimation
+from rl.ppo.lightning_agent import LightningAgent
+from rl.ppo.loss import Losses
+from rl.ppo.minibatches import minibatch_sizes, minibatches
+from rl.ppo.normalize import moments, normalize_advantages
+from rl.processes.agreement import check_agreement, weights_checksum
+from rl.processes.peers import join
+from rl.processes.placement import keep_to_own_cores, place
+from rl.processes.ranks import read_ranks
+from rl.run.checkpoints import Checkpoints, restore, shared_checkpoint
+from rl.run.ending import at_end, give_up, run, updates
+from rl.run.folder import choose_run_folder, hyperparameter_table
+from rl.run.metrics import name_means, sum_episodes, sum_losses
+from rl.run.progress import Progress
 from rl.seeding import Purpose, stream_seed
 
 

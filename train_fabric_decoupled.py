@@ -5,7 +5,7 @@
     fabric run --devices=3 train_fabric_decoupled.py --num-envs 4 --cuda --player-on-gpu     # all on GPUs
     fabric run --devices=3 train_fabric_decoupled.py -- --help                               # all flags
 
-The processes exchange three messages per update (see rl/channel.py):
+The processes exchange three messages per update (see rl/processes/channel.py):
 
     player (rank 0)                               trainers (ranks 1..N)
               <--- 1. weights ------------------  lead trainer (rank 1)
@@ -23,7 +23,7 @@ collects the next rollout, with weights that are one update old, and only then r
 """
 
 from rl.args import DecoupledArgs
-from rl.cli import parse
+from rl.run.command_line import parse
 
 if __name__ == "__main__":
     args = parse(DecoupledArgs)  # before the slow imports, so that --help and mistakes are answered at once
@@ -39,25 +39,26 @@ from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from rl.channel import PLAYER, Channel, copy_weights
-from rl.checkpoint import Checkpoints, restore, restore_learner, shared_checkpoint
-from rl.compiled import compile_gradient_step
-from rl.distributions import draw_action_noise
-from rl.ending import at_end, give_up, run, updates
-from rl.envs import make_envs, read_spaces, record_training, reset_envs
+from rl.environments.making import make_envs, read_spaces, record_training, reset_envs
+from rl.environments.rollout import collect_rollout
 from rl.evaluate import evaluate
-from rl.gae import generalized_advantage_estimation
-from rl.launch import Ranks, read_ranks
-from rl.lightning_agent import LightningAgent
-from rl.loss import Losses
-from rl.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
-from rl.minibatch import Batch, minibatch_sizes, minibatches
-from rl.normalize import moments, normalize_advantages
-from rl.peers import join
-from rl.placement import keep_to_own_cores, place
-from rl.progress import Progress
-from rl.rollout import Episodes, collect_rollout
-from rl.run_folder import choose_run_folder, hyperparameter_table
+from rl.fast.gradient_step import compile_gradient_step
+from rl.ppo.batch import Batch, Episodes
+from rl.ppo.distributions import draw_action_noise
+from rl.ppo.gae import generalized_advantage_estimation
+from rl.ppo.lightning_agent import LightningAgent
+from rl.ppo.loss import Losses
+from rl.ppo.minibatches import minibatch_sizes, minibatches
+from rl.ppo.normalize import moments, normalize_advantages
+from rl.processes.channel import PLAYER, Channel, copy_weights
+from rl.processes.peers import join
+from rl.processes.placement import keep_to_own_cores, place
+from rl.processes.ranks import Ranks, read_ranks
+from rl.run.checkpoints import Checkpoints, restore, restore_learner, shared_checkpoint
+from rl.run.ending import at_end, give_up, run, updates
+from rl.run.folder import choose_run_folder, hyperparameter_table
+from rl.run.metrics import LOSS_TAGS, name_means, sum_episodes, sum_losses
+from rl.run.progress import Progress
 from rl.seeding import Purpose, stream, stream_seed
 
 

@@ -24,14 +24,14 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from benchmarks.compiling import make_gradient_step, random_minibatch
 from benchmarks.rivals import NUM_ENVS, ROLLOUT_LENGTH
-from rl.agent import Agent
 from rl.args import TorchArgs
-from rl.compiled import compile_gradient_step
-from rl.distributions import draw_action_noise
-from rl.envs import make_envs, read_spaces
-from rl.launch import read_ranks
-from rl.placement import keep_to_own_cores
-from rl.policy import make_policy
+from rl.environments.making import make_envs, read_spaces
+from rl.fast.gradient_step import compile_gradient_step
+from rl.fast.policy import make_policy
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import draw_action_noise
+from rl.processes.placement import keep_to_own_cores
+from rl.processes.ranks import read_ranks
 
 ROUNDS = 40
 

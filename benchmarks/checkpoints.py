@@ -18,10 +18,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from benchmarks.raw import keep
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.checkpoint import Checkpoints
-from rl.envs import make_envs, read_spaces, reset_envs
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.ppo.agent import Agent
+from rl.run.checkpoints import Checkpoints
 
 ENV_IDS = ("CartPole-v1", "LunarLander-v3", "BipedalWalker-v3")
 REPEATS = 31

@@ -18,14 +18,14 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.compiled import GradientStep, ProvenStep, compile_gradient_step
-from rl.launch import read_ranks
-from rl.loss import ppo_loss
-from rl.minibatch import Batch
-from rl.placement import keep_to_own_cores
-from rl.policy import make_policy
+from rl.fast.gradient_step import GradientStep, ProvenStep, compile_gradient_step
+from rl.fast.policy import make_policy
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.loss import ppo_loss
+from rl.processes.placement import keep_to_own_cores
+from rl.processes.ranks import read_ranks
 
 REPEATS = 101
 ROWS = (64, 128, 256)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from benchmarks.raw import keep
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import draw_action_noise
-from rl.envs import make_envs, read_spaces, reset_envs
-from rl.rollout import collect_rollout
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.environments.rollout import collect_rollout
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import draw_action_noise
 
 REPEATS = 5
 STEPS = 16_384  # of all environments, in each repeat

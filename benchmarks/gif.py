@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 from moviepy import VideoFileClip
 
-from rl.checkpoint import load_agent
 from rl.evaluate import evaluate
+from rl.run.checkpoints import load_agent
 
 
 @dataclass

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from benchmarks.compiling import make_gradient_step, random_minibatch, sum_over_ranks
 from benchmarks.raw import keep
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.compiled import compile_gradient_step
-from rl.launch import read_ranks
-from rl.placement import keep_to_own_cores
+from rl.fast.gradient_step import compile_gradient_step
+from rl.ppo.agent import Agent
+from rl.processes.placement import keep_to_own_cores
+from rl.processes.ranks import read_ranks
 
 REPEATS = 7
 STEPS = 100

@@ -2,5 +2,5 @@
 
 import os
 
-# NumPy multiplies the small matrices of `rl.policy`: with one thread, so that processes do not fight for the cores.
+# NumPy multiplies the small matrices of rl/fast/policy.py: with one thread, so that processes do not fight for cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

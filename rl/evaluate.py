@@ -19,15 +19,15 @@ import numpy as np
 import torch
 import tyro
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.checkpoint import load_agent
-from rl.cli import parse_options
-from rl.distributions import draw_action_noise
-from rl.envs import check_video, make_envs, record_first_episode, reset_envs
-from rl.launch import RunError, fail, say
+from rl.environments.making import check_video, make_envs, record_first_episode, reset_envs
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import draw_action_noise
+from rl.run.checkpoints import load_agent
+from rl.run.command_line import parse_options
 from rl.seeding import Purpose
 from rl.spaces import stored_dtype
+from rl.voice import RunError, fail, say
 
 AT_ONCE = 100  # environments that step together
 NOISE_STEPS = 256  # steps for which action noise is drawn at once

@@ -23,12 +23,12 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from rl.agent import Agent
-from rl.checkpoint import load_agent
-from rl.cli import parse_options
-from rl.envs import read_spaces
-from rl.launch import fail
+from rl.environments.making import read_spaces
+from rl.ppo.agent import Agent
+from rl.run.checkpoints import load_agent
+from rl.run.command_line import parse_options
 from rl.spaces import stored_dtype, stored_space
+from rl.voice import fail
 
 CHECKED_OBSERVATIONS = 1000
 TOLERANCE = 1e-4  # of continuous actions; two programs add up in different orders

@@ -1,7 +1,7 @@
 """Spaces: the one place that decides which are supported and what becomes of them.
 
 An observation reaches the learner as one array: an image as it is, everything else flat, float32, part after part.
-To support another space, describe it here, and add its module to `rl/encoders.py` or `rl/distributions.py`.
+To support another space, describe it here, and add its module to `rl/ppo/encoders.py` or `rl/ppo/distributions.py`.
 """
 
 import math

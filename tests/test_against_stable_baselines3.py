@@ -19,13 +19,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing import assert_close
 
 import train_torch
-from rl.agent import Agent
 from rl.args import TorchArgs
-from rl.distributions import draw_action_noise
-from rl.envs import make_envs, reset_envs
-from rl.gae import generalized_advantage_estimation
-from rl.launch import leave
-from rl.rollout import collect_rollout
+from rl.environments.making import make_envs, reset_envs
+from rl.environments.rollout import collect_rollout
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import draw_action_noise
+from rl.ppo.gae import generalized_advantage_estimation
+from rl.processes.ranks import leave
 from rl.seeding import Purpose, episode_seed, stream, stream_seed
 
 sb3 = pytest.importorskip("stable_baselines3", reason="needs stable-baselines3: pip install -r requirements-dev.txt")

@@ -3,11 +3,11 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.lightning_agent import LightningAgent
-from rl.loss import ppo_loss
-from rl.minibatch import Batch
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.lightning_agent import LightningAgent
+from rl.ppo.loss import ppo_loss
 
 OBSERVATION_SPACE, ACTION_SPACE = Box(-1, 1, (4,)), Discrete(3)
 

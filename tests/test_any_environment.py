@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import draw_action_noise
-from rl.envs import make_envs, read_spaces, reset_envs
-from rl.gae import generalized_advantage_estimation
-from rl.loss import ppo_loss
-from rl.minibatch import Batch
-from rl.normalize import moments, normalize_advantages
-from rl.rollout import collect_rollout
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.environments.rollout import collect_rollout
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.distributions import draw_action_noise
+from rl.ppo.gae import generalized_advantage_estimation
+from rl.ppo.loss import ppo_loss
+from rl.ppo.normalize import moments, normalize_advantages
 from tests.spaces_env import GRID, MOTORS, PICTURE_AND_VECTOR, SWITCHES
 
 STEPS, ENVS = 12, 2

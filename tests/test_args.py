@@ -7,7 +7,7 @@ import pytest
 
 from rl import launch
 from rl.args import CommonArgs, DecoupledArgs, FabricArgs, TorchArgs
-from rl.cli import parse
+from rl.run.command_line import parse
 
 HUGE = 2**32
 NAN, INF = float("nan"), float("inf")

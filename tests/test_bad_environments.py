@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import draw_action_noise
-from rl.envs import make_envs, read_spaces, reset_envs
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.environments.rollout import collect_rollout
 from rl.evaluate import evaluate
-from rl.launch import RunError
-from rl.rollout import collect_rollout
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import draw_action_noise
+from rl.voice import RunError
 
 ENV_ID = "Told-v0"
 GOOD = np.zeros(4, dtype=np.float32)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rl.args import TorchArgs
-from rl.checkpoint import Checkpoints, load_checkpoint
+from rl.run.checkpoints import Checkpoints, load_checkpoint
 
 
 class Environments:

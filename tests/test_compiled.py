@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.compiled import AdamState, ProvenStep, compile_gradient_step
-from rl.envs import read_spaces
-from rl.loss import ppo_loss
-from rl.minibatch import Batch
+from rl.environments.making import read_spaces
+from rl.fast.gradient_step import AdamState, ProvenStep, compile_gradient_step
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.loss import ppo_loss
 from rl.presets import PRESETS
 from tests.launching import python, run
 
@@ -213,7 +213,7 @@ def test_an_edit_of_the_gradient_step_takes_effect_and_one_line_says_that_nothin
 
 
 def test_an_edit_that_takes_effect_later_is_found_later(capsys, monkeypatch):
-    monkeypatch.setattr("rl.compiled.PROVE_EVERY", 5)
+    monkeypatch.setattr("rl.fast.gradient_step.PROVE_EVERY", 5)
     learner = Learner(CommonArgs(hidden_sizes=(8,)))
     plain, taken = learner.plain_step, []
 

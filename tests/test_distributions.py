@@ -5,7 +5,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from rl.distributions import Categorical, DiagonalGaussian, draw_action_noise
+from rl.ppo.distributions import Categorical, DiagonalGaussian, draw_action_noise
 
 LOGITS = torch.tensor([[0.0, 0.0, 0.0], [2.0, -1.0, 0.5], [-5.0, 3.0, 3.0]])
 

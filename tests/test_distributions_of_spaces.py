@@ -8,9 +8,9 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch.distributions import Bernoulli, Categorical, Independent, Normal
 from torch.testing import assert_close
 
-from rl.agent import DISTRIBUTIONS, Agent
 from rl.args import CommonArgs
-from rl.rollout import collect_rollout
+from rl.environments.rollout import collect_rollout
+from rl.ppo.agent import DISTRIBUTIONS, Agent
 
 LOW, HIGH = np.array([[-1, -2], [0, -np.inf]]), np.array([[1, 3], [0.5, np.inf]])
 CHOICES = [MultiDiscrete([2, 3, 4]), MultiDiscrete([[2, 3], [4, 2]], start=[[1, -1], [0, 5]])]

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.functional import conv2d, linear
 from torch.testing import assert_close
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.encoders import IMAGE_FEATURES, Encoder
+from rl.ppo.agent import Agent
+from rl.ppo.encoders import IMAGE_FEATURES, Encoder
 
 HEIGHT, WIDTH = 44, 52
 BYTES_LAST = Box(0, 255, (HEIGHT, WIDTH, 3), np.uint8)

@@ -21,13 +21,14 @@ import pytest
 import torch
 
 from rl import peers
-from rl.agent import Agent
 from rl.args import TorchArgs
-from rl.distributions import draw_action_noise
-from rl.ending import updates
-from rl.envs import make_envs, read_spaces, reset_envs
-from rl.launch import RunError, leave
-from rl.rollout import collect_rollout
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.environments.rollout import collect_rollout
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import draw_action_noise
+from rl.processes.ranks import leave
+from rl.run.ending import updates
+from rl.voice import RunError
 from tests.faulty_env import FaultyEnv
 from tests.launching import ROOT, Running, assert_no_process_is_left, fabric_run, python, run, run_folders, torchrun
 
@@ -419,13 +420,13 @@ def test_what_was_registered_with_atexit_is_done_and_a_profile_is_written(tmp_pa
 
 SLOW_START = """
 import os, runpy, sys, time
-import rl.replay
+import rl.environments.replay
 
-def restore_slowly(*args, restore=rl.replay.ReplayableEnvs.restore):
+def restore_slowly(*args, restore=rl.environments.replay.ReplayableEnvs.restore):
     time.sleep({seconds} if os.environ["RANK"] == "{rank}" else 0)
     return restore(*args)
 
-rl.replay.ReplayableEnvs.restore = restore_slowly
+rl.environments.replay.ReplayableEnvs.restore = restore_slowly
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """

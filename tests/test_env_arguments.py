@@ -7,8 +7,8 @@ from gymnasium.envs.classic_control import PendulumEnv
 from gymnasium.spaces import Box
 
 from rl.args import CommonArgs, DecoupledArgs, FabricArgs, TorchArgs
-from rl.cli import parse
-from rl.envs import make_envs, read_spaces, reset_envs
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.run.command_line import parse
 
 CLASSES = [TorchArgs, FabricArgs, DecoupledArgs]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import draw_action_noise
-from rl.envs import check_backend, make_envs, read_spaces, reset_envs
-from rl.rollout import collect_rollout
+from rl.environments.making import check_backend, make_envs, read_spaces, reset_envs
+from rl.environments.rollout import collect_rollout
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import draw_action_noise
 from tests.launching import ROOT, python, run, run_folders, scalars, torchrun
 
 REASON = "EnvPool is optional: requirements-envpool.txt"
@@ -205,7 +205,7 @@ def test_what_envpool_cannot_run_is_named_in_one_line(env_id, kwargs, words):
 
 
 def test_a_missing_envpool_is_answered_by_one_line_that_names_the_requirements(monkeypatch):
-    monkeypatch.setattr("rl.envs.find_spec", lambda package: None)
+    monkeypatch.setattr("rl.environments.making.find_spec", lambda package: None)
     assert backend_error("CartPole-v1") == MISSING
 
 

@@ -6,7 +6,7 @@ import pytest
 from gymnasium.spaces import Box, Discrete
 
 from rl.args import CommonArgs
-from rl.envs import (
+from rl.environments.making import (
     check_video,
     make_envs,
     read_spaces,
@@ -162,7 +162,7 @@ def test_videos_need_an_environment_that_draws_pictures():
 
 
 def test_videos_need_the_package_that_writes_them(monkeypatch):
-    monkeypatch.setattr("rl.envs.find_spec", lambda package: None)
+    monkeypatch.setattr("rl.environments.making.find_spec", lambda package: None)
     with pytest.raises(ValueError, match=r"^videos need the package moviepy"):
         check_video(CommonArgs())
 

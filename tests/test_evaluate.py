@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.envs import read_spaces
+from rl.environments.making import read_spaces
 from rl.evaluate import evaluate
+from rl.ppo.agent import Agent
 from rl.seeding import Purpose, stream_seed
 from tests.scripted_env import SCRIPT
 

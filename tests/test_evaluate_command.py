@@ -15,8 +15,8 @@ import torch
 
 import rl.evaluate
 import rl.export
-from rl.checkpoint import load_agent
-from rl.distributions import draw_action_noise
+from rl.ppo.distributions import draw_action_noise
+from rl.run.checkpoints import load_agent
 from rl.seeding import Purpose, stream_seed
 from tests.launching import ROOT, python, run, run_folders
 

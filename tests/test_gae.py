@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl.gae import generalized_advantage_estimation
-from rl.normalize import moments as advantage_moments
-from rl.normalize import normalize_advantages
+from rl.ppo.gae import generalized_advantage_estimation
+from rl.ppo.normalize import moments as advantage_moments
+from rl.ppo.normalize import normalize_advantages
 
 
 def column(*numbers):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from rl.args import CommonArgs
-from rl.loss import ppo_loss
-from rl.minibatch import Batch, almost_equal_sizes, minibatches
+from rl.ppo.batch import Batch
+from rl.ppo.loss import ppo_loss
+from rl.ppo.minibatches import almost_equal_sizes, minibatches
 from tests.launching import ROOT, run, torchrun
 from tests.workers.gradients import make_agent, make_batch
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import Categorical
-from rl.loss import Losses, clipped_value_error, ppo_loss, squared_value_error, surrogate_objective
-from rl.minibatch import Batch
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.distributions import Categorical
+from rl.ppo.loss import Losses, clipped_value_error, ppo_loss, squared_value_error, surrogate_objective
 
 
 def tensor(*numbers):

@@ -5,12 +5,12 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import Categorical
-from rl.loss import ppo_loss
-from rl.minibatch import Batch, almost_equal_sizes, minibatches
-from rl.rollout import Rollout
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch, Rollout
+from rl.ppo.distributions import Categorical
+from rl.ppo.loss import ppo_loss
+from rl.ppo.minibatches import almost_equal_sizes, minibatches
 
 
 def numbered(row_numbers):

@@ -4,7 +4,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from torch.testing import assert_close
 
-from rl.normalize import ObservationNormalizer, RewardNormalizer, mean_and_variance, moments, normalize_advantages
+from rl.ppo.normalize import ObservationNormalizer, RewardNormalizer, mean_and_variance, moments, normalize_advantages
 
 GAMMA = 0.9
 

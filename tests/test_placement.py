@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from rl.launch import Ranks
-from rl.placement import keep_to_own_cores
+from rl.processes.placement import keep_to_own_cores
+from rl.processes.ranks import Ranks
 
 
 @pytest.fixture

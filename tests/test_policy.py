@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import draw_action_noise
-from rl.envs import read_spaces
-from rl.minibatch import Batch
-from rl.normalize import moments
-from rl.policy import make_policy
+from rl.environments.making import read_spaces
+from rl.fast.policy import make_policy
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.distributions import draw_action_noise
+from rl.ppo.normalize import moments
 
 
 @pytest.mark.parametrize("flags", [{}, {"activation_function": "tanh", "hidden_sizes": (5,)}, {"hidden_sizes": ()}])

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
-from rl.cli import parse
 from rl.presets import PRESETS
+from rl.run.command_line import parse
 
 
 def test_a_preset_sets_its_flags_and_leaves_the_others():

@@ -5,7 +5,7 @@ import pytest
 
 from rl import progress
 from rl.args import CommonArgs
-from rl.progress import Progress
+from rl.run.progress import Progress
 
 
 @pytest.fixture(autouse=True)

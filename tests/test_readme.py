@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
-from rl.cli import parse
-from rl.launch import LAUNCH_VARIABLES
+from rl.run.command_line import parse
+from rl.voice import LAUNCH_VARIABLES
 from tests.launching import BIN, ROOT
 
 README = (ROOT / "README.md").read_text()

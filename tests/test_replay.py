@@ -7,7 +7,7 @@ from gymnasium.envs.classic_control import CartPoleEnv
 
 from rl import replay
 from rl.args import CommonArgs
-from rl.envs import make_envs, reset_envs
+from rl.environments.making import make_envs, reset_envs
 
 ENVIRONMENTS = {
     "CartPole-v1": 150,

@@ -5,11 +5,12 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.distributions import draw_action_noise
-from rl.envs import make_envs, read_spaces, reset_envs
-from rl.rollout import Rollout, collect_rollout
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.environments.rollout import collect_rollout
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Rollout
+from rl.ppo.distributions import draw_action_noise
 from tests.scripted_env import SCRIPT, Episode
 
 OTHER_SCRIPT = (Episode((0.5, 0.25), "truncated"), Episode((16.0, 32.0, 64.0, 128.0, 256.0), "terminated"))

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, OneOf, Sequence, Text, Tuple
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.envs import make_envs, read_spaces, reset_envs
+from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.ppo.agent import Agent
 from rl.spaces import Image, Vector, check_action_space, is_image, observation_parts, stored_dtype, stored_space
 from tests.spaces_env import PICTURE, PICTURE_AND_VECTOR, VECTOR, SpacesEnv
 

@@ -9,8 +9,8 @@ import torch
 
 import train_torch
 from rl.args import TorchArgs
-from rl.cli import parse
-from rl.launch import leave
+from rl.processes.ranks import leave
+from rl.run.command_line import parse
 from tests.launching import ROOT, WORKERS, assert_no_process_is_left, fabric_run, run, run_folders, torchrun
 
 BOUND = 0.3

@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from rl.channel import Channel
+from rl.processes.channel import Channel
 
 
 def damage(weight: Tensor) -> None:

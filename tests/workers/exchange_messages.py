@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rl.channel import LEAD_TRAINER, PLAYER, Channel
-from rl.launch import RunError, leave, read_ranks
-from rl.peers import join
+from rl.processes.channel import LEAD_TRAINER, PLAYER, Channel
+from rl.processes.peers import join
+from rl.processes.ranks import leave, read_ranks
+from rl.voice import RunError
 
 ROUNDS = 2
 ROW_BYTES = 5

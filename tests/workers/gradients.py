@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.launch import leave
-from rl.loss import ppo_loss
-from rl.minibatch import Batch, almost_equal_sizes, minibatches
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.loss import ppo_loss
+from rl.ppo.minibatches import almost_equal_sizes, minibatches
+from rl.processes.ranks import leave
 
 OBSERVATIONS, ACTIONS = gym.spaces.Box(-1, 1, (8,)), gym.spaces.Discrete(4)
 

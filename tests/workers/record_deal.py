@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rl.minibatch import Batch
+from rl.ppo.batch import Batch
 
 
 def main(output: Path, script: str) -> None:

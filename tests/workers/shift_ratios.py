@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rl.minibatch import Batch
+from rl.ppo.batch import Batch
 
 
 def main(output: Path, shifts: list[list[float]], script: str) -> None:

@@ -10,8 +10,8 @@ import torch
 
 import train_torch
 from rl.args import TorchArgs
-from rl.cli import parse
-from rl.launch import leave, read_ranks
+from rl.processes.ranks import leave, read_ranks
+from rl.run.command_line import parse
 
 
 def main(output: Path, flags: list[str]) -> None:

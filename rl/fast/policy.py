@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from rl.agent import Agent
-from rl.distributions import Categorical, DiagonalGaussian
-from rl.normalize import ObservationNormalizer
-from rl.peers import say_first
+from rl.ppo.agent import Agent
+from rl.ppo.distributions import Categorical, DiagonalGaussian
+from rl.ppo.normalize import ObservationNormalizer
+from rl.voice import say_first
 
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Outputs = Callable[[np.ndarray], np.ndarray]

@@ -16,11 +16,12 @@ from gymnasium.spaces import Box, Space
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from rl.args import CommonArgs
-from rl.envs import check_backend, check_video, read_spaces, resolve_env_id
-from rl.launch import end_with_launcher, fail, is_rank_zero, keep_voice, read_ranks, say, wait_for_rank_zero
+from rl.environments.making import check_backend, check_video, read_spaces, resolve_env_id
 from rl.presets import PRESETS
-from rl.run_folder import run_before_restart
+from rl.processes.ranks import end_with_launcher, read_ranks
+from rl.run.folder import run_before_restart
 from rl.spaces import IMAGE_FEATURES, Vector, is_image, observation_parts
+from rl.voice import fail, is_rank_zero, keep_streams, say, wait_for_rank_zero
 
 Args = TypeVar("Args", bound=CommonArgs)
 Options = TypeVar("Options")
@@ -65,7 +66,7 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     ranks = read_ranks()
     world_size = ranks.world_size
     end_with_launcher()
-    keep_voice()
+    keep_streams()
     try:
         args = script_args(**_parse_groups(script_args, argv, _defaults(script_args, argv)))
         before = run_before_restart()
@@ -165,7 +166,7 @@ def _resumed(
     Raises:
         ValueError: with one line, if the run cannot go on so.
     """
-    from rl.checkpoint import load_checkpoint, run_args  # here, so that only a resumed run waits for torch twice
+    from rl.run.checkpoints import load_checkpoint, run_args  # here, so that only a resumed run waits for torch twice
 
     checkpoint = load_checkpoint(run_or_checkpoint)
     known = {field.name for field in fields(script_args)}

@@ -9,7 +9,7 @@ from uuid import uuid4
 from zipfile import BadZipFile, ZipFile
 
 from rl.args import CommonArgs
-from rl.launch import is_rank_zero, say
+from rl.voice import is_rank_zero, say
 
 
 def choose_run_folder(args: CommonArgs) -> Path:

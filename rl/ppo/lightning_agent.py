@@ -6,10 +6,10 @@ import warnings
 import gymnasium as gym
 from lightning import LightningModule
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.loss import Losses, ppo_loss
-from rl.minibatch import Batch
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.loss import Losses, ppo_loss
 
 # A normal run is quiet: of processes that meet, and of what Fabric 2.6 calls and PyTorch 2.13 deprecates.
 for package in ("lightning.fabric", "lightning.pytorch"):

@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from rl.args import EnvironmentArgs
-from rl.replay import MARKS
+from rl.environments.replay import MARKS
 from rl.seeding import episode_seed
 from rl.spaces import stored_space
 

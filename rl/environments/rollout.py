@@ -1,39 +1,18 @@
 """The rollout: what the environments answered to the agent. The only loop over environment steps."""
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from rl.agent import Agent
-from rl.launch import RunError
-from rl.policy import make_policy
-from rl.replay import EnvironmentFailure
+from rl.environments.replay import EnvironmentFailure
+from rl.fast.policy import make_policy
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Episodes, Rollout
 from rl.spaces import stored_dtype
+from rl.voice import RunError
 
 ROWS_AT_ONCE = 2048  # bounds the memory that a convolutional network takes for a whole rollout
-
-
-class Rollout(NamedTuple):
-    """T steps of N environments. Step t of an environment is one row of experience."""
-
-    raw_observations: Tensor  # [T, N, *shape], as the environment gave them
-    observations: Tensor  # [T, N, *shape], normalised s_t
-    actions: Tensor  # [T, N, ...], a_t
-    log_probs: Tensor  # float32 [T, N], log π(a_t | s_t)
-    rewards: Tensor  # float32 [T, N], r_t
-    dones: Tensor  # bool [T, N], whether step t ended an episode
-    values: Tensor  # float32 [T, N], V(s_t)
-    next_values: Tensor  # float32 [T, N], V of the observation that step t led to, 0 if it terminated the episode
-
-
-class Episodes(NamedTuple):
-    """The episodes that ended in a rollout."""
-
-    returns: list[float]  # sum of the rewards of each
-    lengths: list[int]  # number of steps of each
 
 
 @torch.no_grad()

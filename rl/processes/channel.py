@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
-from rl.agreement import check_agreement, weights_checksum
-from rl.minibatch import almost_equal_sizes
+from rl.ppo.minibatches import almost_equal_sizes
+from rl.processes.agreement import check_agreement, weights_checksum
 
 PLAYER = 0
 LEAD_TRAINER = 1

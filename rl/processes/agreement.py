@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rl.launch import RunError
+from rl.voice import RunError
 
 
 def weights_checksum(agent: nn.Module) -> Tensor:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from rl.launch import RunError
-from rl.rollout import Episodes
+from rl.ppo.batch import Episodes
+from rl.voice import RunError
 
 LOSS_TAGS = (
     "Loss/loss",

@@ -1,81 +1,12 @@
-"""Experience as rows: from a rollout to a batch, over the wire, and cut into minibatches."""
+"""How the rows of an update are cut into minibatches, for each rank and epoch."""
 
 from collections.abc import Iterator
-from math import prod
-from typing import NamedTuple
 
-import gymnasium as gym
 import torch
-from torch import Tensor
 
 from rl.args import CommonArgs
-from rl.distributions import Distribution
-from rl.rollout import Rollout
+from rl.ppo.batch import Batch
 from rl.seeding import Purpose, stream
-from rl.spaces import stored_dtype, stored_space
-
-
-class Batch(NamedTuple):
-    """B rows of experience, in no order that matters."""
-
-    observations: Tensor  # [B, *shape], normalised
-    actions: Tensor  # [B, ...]
-    log_probs: Tensor  # float32 [B]
-    values: Tensor  # float32 [B]
-    advantages: Tensor  # float32 [B]
-    returns: Tensor  # float32 [B]
-
-    @classmethod
-    def from_rollout(cls, rollout: Rollout, advantages: Tensor, returns: Tensor) -> "Batch":
-        """Flatten [T, N] to [B], environment after environment.
-
-        So the rows of all ranks one after the other are the rows of one process with all environments.
-        """
-        fields = (rollout.observations, rollout.actions, rollout.log_probs, rollout.values, advantages, returns)
-        return cls(*(field.transpose(0, 1).flatten(0, 1) for field in fields))
-
-    @classmethod
-    def zeros(cls, num_rows: int, observation_space: gym.Space, distribution: Distribution) -> "Batch":
-        """Return rows of zeros. No rows at all are enough for the shapes and types that `unpack` needs.
-
-        Args:
-            num_rows: number of rows.
-            observation_space: as the environment declares it.
-            distribution: of the actions.
-        """
-        dtype = getattr(torch, stored_dtype(observation_space))
-        observations = torch.zeros(num_rows, *stored_space(observation_space).shape, dtype=dtype)
-        return cls(observations, distribution.empty_actions(num_rows), *(torch.zeros(num_rows) for _ in range(4)))
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return Batch(*(field.to(device) for field in self))
-
-    def pack(self) -> Tensor:
-        """Return the rows as bytes, uint8 [B, bytes of a row]: one message, whatever the types."""
-        columns = (field.reshape(len(field), prod(field.shape[1:])).view(torch.uint8) for field in self)
-        return torch.cat(list(columns), dim=1)
-
-    def unpack(self, packed: Tensor) -> "Batch":
-        """Return the batch that was packed; this batch gives the shapes and types, its own rows do not matter."""
-        # A copy of each column is aligned. `contiguous` would not copy that of a single row.
-        columns = [column.clone(memory_format=torch.contiguous_format) for column in packed.split(self.field_bytes, 1)]
-        return Batch(
-            *(
-                column.view(field.dtype).reshape(len(packed), *field.shape[1:])
-                for column, field in zip(columns, self, strict=True)
-            )
-        )
-
-    @property
-    def num_rows(self) -> int:
-        """B; the length of the tuple is the number of fields."""
-        return len(self.actions)
-
-    @property
-    def field_bytes(self) -> list[int]:
-        """Bytes of each field in a row."""
-        return [prod(field.shape[1:]) * field.dtype.itemsize for field in self]
 
 
 def almost_equal_sizes(rows: int, parts: int) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rl.args import CommonArgs
-from rl.minibatch import Batch
+from rl.ppo.batch import Batch
 
 
 class Losses(NamedTuple):

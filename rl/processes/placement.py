@@ -5,7 +5,8 @@ from typing import Literal
 
 import torch
 
-from rl.launch import Ranks, fail, say
+from rl.processes.ranks import Ranks
+from rl.voice import fail, say
 
 
 def place(cuda: bool, ranks: Ranks, processes_on_cpu: int = 0) -> tuple[torch.device, Literal["gloo", "nccl"]]:

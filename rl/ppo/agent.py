@@ -7,9 +7,9 @@ from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import Tensor, nn
 
 from rl.args import CommonArgs
-from rl.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, MultiCategorical
-from rl.encoders import Encoder
-from rl.normalize import ObservationNormalizer, RewardNormalizer
+from rl.ppo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distribution, MultiCategorical
+from rl.ppo.encoders import Encoder
+from rl.ppo.normalize import ObservationNormalizer, RewardNormalizer
 
 DISTRIBUTIONS: dict[type[gym.Space], type[Distribution]] = {
     Discrete: Categorical,

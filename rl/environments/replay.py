@@ -12,8 +12,8 @@ import numpy as np
 from gymnasium.spaces import Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from rl.launch import RunError
 from rl.seeding import episode_seed
+from rl.voice import RunError
 
 # The usual types of a reward; others are looked at, which takes longer.
 NUMBERS = frozenset({float, int, bool, np.float64, np.float32, np.int64, np.bool_})

@@ -18,8 +18,9 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from rl.launch import RunError, is_rank_zero, leave, say
-from rl.peers import Peers, known_peers, missing_peers
+from rl.processes.peers import Peers, known_peers, missing_peers
+from rl.processes.ranks import leave
+from rl.voice import RunError, is_rank_zero, say
 
 Args = TypeVar("Args")
 

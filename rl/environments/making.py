@@ -17,10 +17,10 @@ from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 
 from rl.args import EnvironmentArgs
-from rl.launch import say
-from rl.replay import ReplayableEnv, ReplayableEnvs
+from rl.environments.replay import ReplayableEnv, ReplayableEnvs
 from rl.seeding import Purpose, stream_seed
 from rl.spaces import check_action_space, is_image, observation_parts
+from rl.voice import say
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, no display is asked for
 gym.logger.min_level = gym.logger.ERROR  # its warnings are for authors of environments
@@ -74,7 +74,7 @@ def check_backend(args: EnvironmentArgs, observation_space: gym.Space, action_sp
         return
     if find_spec("envpool") is None:
         raise ValueError("--env-backend envpool needs EnvPool: pip install -r requirements-envpool.txt")
-    from rl.envpool_envs import check_envpool  # here, because EnvPool is optional
+    from rl.environments.envpool_envs import check_envpool  # here, because EnvPool is optional
 
     check_envpool(args, observation_space, action_space)
 
@@ -97,7 +97,7 @@ class Recorder(RecordVideo):
 
     def stop_recording(self) -> None:
         """Write the video."""
-        from rl.ending import give_up  # here, because it imports torch
+        from rl.run.ending import give_up  # here, because it imports torch
 
         with give_up("a video"):
             super().stop_recording()
@@ -136,7 +136,7 @@ def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], 
         return ReplayableEnv(env if is_flat or is_image(space) else FlattenObservation(env))
 
     if args.env_backend == "envpool":
-        from rl.envpool_envs import EnvPoolEnvs  # here, because EnvPool is optional
+        from rl.environments.envpool_envs import EnvPoolEnvs  # here, because EnvPool is optional
 
         return EnvPoolEnvs(args, num_envs, *read_spaces(args))
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 from tqdm import tqdm
 
-from rl.launch import Ranks
+from rl.processes.ranks import Ranks
 
 PAUSE = 0.02  # seconds between two looks at the store
 LARGEST_VALUE = 8_000_000  # bytes that the store takes at once

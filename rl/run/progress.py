@@ -7,7 +7,7 @@ from datetime import timedelta
 from tqdm import tqdm
 
 from rl.args import CommonArgs
-from rl.ending import at_end
+from rl.run.ending import at_end
 
 PLAIN_LINES = 20  # about so many in a whole run
 

@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rl.agent import Agent
 from rl.args import CommonArgs
-from rl.ending import can_resume, give_up, save_at_end
-from rl.envs import read_spaces
-from rl.launch import RunError, is_rank_zero, read_ranks, say
-from rl.normalize import RewardNormalizer
-from rl.peers import known_peers, say_first
-from rl.run_folder import is_whole
+from rl.environments.making import read_spaces
+from rl.ppo.agent import Agent
+from rl.ppo.normalize import RewardNormalizer
+from rl.processes.peers import known_peers
+from rl.processes.ranks import read_ranks
+from rl.run.ending import can_resume, give_up, save_at_end
+from rl.run.folder import is_whole
+from rl.voice import RunError, is_rank_zero, say, say_first
 
 Args = TypeVar("Args", bound=CommonArgs)
 
@@ -44,7 +45,7 @@ PATIENCE = 6  # seconds that the first process, on its way out, waits for what t
 
 
 class Environments(Protocol):
-    """N environments that know where they stood: `rl.replay`, or as far as it can `rl.envpool_envs`."""
+    """N environments that know where they stood: `rl.environments.replay`, or as far as it can `rl.environments.envpool_envs`."""
 
     num_envs: int
 

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 from rl.args import CommonArgs
-from rl.loss import ppo_loss
-from rl.minibatch import Batch
-from rl.peers import say_first
+from rl.ppo.batch import Batch
+from rl.ppo.loss import ppo_loss
+from rl.voice import say_first
 
 GradientStep = Callable[[Batch, float], Tensor]
 

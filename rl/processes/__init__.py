@@ -1,0 +1,1 @@
+"""The processes of a run: how they meet, where they compute, and what they exchange."""
