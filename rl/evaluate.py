@@ -23,8 +23,8 @@ from rl.args import CommonArgs
 from rl.environments.making import check_video, make_envs, record_first_episode, reset_envs
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
-from rl.run.checkpoints import load_agent
 from rl.run.command_line import parse_options
+from rl.run.resuming import load_agent
 from rl.seeding import Purpose
 from rl.spaces import stored_dtype
 from rl.voice import RunError, fail, say

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 from rl.args import CommonArgs
+from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import ppo_loss
+from rl.ppo.minibatches import minibatch_sizes
 from rl.voice import say_first
 
 GradientStep = Callable[[Batch, float], Tensor]
@@ -37,10 +39,10 @@ ALIGNMENT = 16
 
 def compile_gradient_step(
     shown: GradientStep,
-    agent: nn.Module,
+    agent: Agent,
     optimizer: Optimizer,
     args: CommonArgs,
-    examples: list[Batch],
+    num_rows: int,
     sum_over_ranks: Callable[[Tensor], Tensor],
     world_size: int,
 ) -> GradientStep:
@@ -58,7 +60,7 @@ def compile_gradient_step(
         agent: the plain one.
         optimizer: of the agent's parameters; it must not load another state afterwards.
         args: of the run.
-        examples: a minibatch of each size that will come, to compile for.
+        num_rows: rows of an update, over all ranks that optimize.
         sum_over_ranks: adds up a tensor over the ranks that optimize.
         world_size: the number of these ranks.
     """
@@ -137,8 +139,8 @@ def compile_gradient_step(
     state = (weights, exp_avg, exp_avg_sq, steps, learning_rate)
     failure = ""
     try:
-        for example in examples:
-            take_step(example, 1.0, lambda gradients: gradients, *(tensor.clone() for tensor in state))
+        for size in sorted({size for ranks in minibatch_sizes(num_rows, args, world_size) for size in ranks}):
+            take_step(Batch.zeros(size, agent), 1.0, lambda gradients: gradients, *(tensor.clone() for tensor in state))
     except Exception as error:  # a compiler fails in many ways
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
     return ProvenStep(shown, compiled, failure, AdamState(*state[:4]), group, list(named), sizes, sum_over_ranks)

@@ -34,6 +34,7 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: CommonArgs) -> None:
         super().__init__()
+        self.observation_space = observation_space
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation_function]
         kind = next(kind for kind in DISTRIBUTIONS if isinstance(action_space, kind))
         self.distribution = DISTRIBUTIONS[kind](action_space)
@@ -49,7 +50,7 @@ class Agent(nn.Module):
         if args.normalize_observations:
             self.observation_normalizer = ObservationNormalizer(observation_space)
         if args.normalize_rewards:
-            self.reward_normalizer = RewardNormalizer(args.num_envs, args.gamma)
+            self.reward_normalizer = RewardNormalizer()
 
     def act(self, observations: Tensor, noise: Tensor) -> Tensor:
         """Sample actions [...] for observations [..., *shape] with noise from the distribution's `draw_noise`."""
