@@ -26,12 +26,12 @@ from rl.fast.gradient_step import compile_gradient_step
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import Losses, ppo_loss
+from rl.ppo.metrics import sum_up
 from rl.ppo.minibatches import minibatches
 from rl.ppo.prepare import prepare_batch
 from rl.processes.agreement import check_agreement, weights_checksum
 from rl.processes.placement import choose_device
 from rl.run.ending import start
-from rl.run.metrics import sum_up
 from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
 from rl.voice import going_on_without

@@ -75,6 +75,16 @@ class Agent(nn.Module):
         return log_probs, entropies, self.critic(features).squeeze(-1)
 
 
+def copy_weights(weights: Tensor, agent: nn.Module) -> None:
+    """Give the parameters of an agent these values, [P], as `parameters_to_vector` lays them out.
+
+    Each keeps its place in memory: the last bit of a matrix product depends on alignment.
+    """
+    sizes = [parameter.numel() for parameter in agent.parameters()]
+    for parameter, values in zip(agent.parameters(), weights.split(sizes), strict=True):
+        parameter.data.copy_(values.view_as(parameter))
+
+
 def _perceptron(
     num_inputs: int, hidden_sizes: tuple[int, ...], num_outputs: int, activation: type[nn.Module]
 ) -> nn.Sequential:

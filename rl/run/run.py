@@ -16,11 +16,11 @@ from rl.environments.collector import Collector
 from rl.evaluate import evaluate
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
+from rl.ppo.metrics import name_means
 from rl.processes.placement import keep_to_own_cores
 from rl.run.checkpoints import Checkpoints
 from rl.run.ending import ending
 from rl.run.folder import choose_run_folder, hyperparameter_table
-from rl.run.metrics import name_means
 from rl.run.progress import Progress
 from rl.run.resuming import restore_environments, restore_learner, shared_checkpoint
 

@@ -16,6 +16,7 @@ LOSS_TAGS = (
     "Info/approx_kl",
     "Info/clip_fraction",
 )
+NUM_LOSS_SUMS = len(LOSS_TAGS) + 1  # and the number of gradient steps
 
 
 def sum_episodes(episodes: Episodes) -> Tensor:
