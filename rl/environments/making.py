@@ -7,20 +7,24 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DeprecatedEnv, UnregisteredEnv, VersionNotFound
-from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 
 from rl.args import EnvironmentArgs
 from rl.environments.replay import ReplayableEnv, ReplayableEnvs
 from rl.seeding import Purpose, stream_seed
 from rl.spaces import check_action_space, is_image, observation_parts
-from rl.voice import say
+from rl.voice import going_on_without, say
+
+if TYPE_CHECKING:
+    from rl.environments.envpool_envs import EnvPoolEnvs
+
+    Envs = ReplayableEnvs | EnvPoolEnvs  # those that can be put back, and the other kind
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, no display is asked for
 gym.logger.min_level = gym.logger.ERROR  # its warnings are for authors of environments
@@ -97,9 +101,7 @@ class Recorder(RecordVideo):
 
     def stop_recording(self) -> None:
         """Write the video."""
-        from rl.run.ending import give_up  # here, because it imports torch
-
-        with give_up("a video"):
+        with going_on_without("a video"):
             super().stop_recording()
         self.recorded_frames, self.recording, self._video_name = [], False, None
 
@@ -119,8 +121,10 @@ def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env
     return record
 
 
-def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> VectorEnv:
+def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> "Envs":
     """Make environments that step together, with episode statistics; observations are images, or flat.
+
+    Gymnasium's can be put back exactly where they were, EnvPool's begin new episodes instead.
 
     Args:
         args: all of `EnvironmentArgs` but `num_envs`.
@@ -129,7 +133,7 @@ def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], 
             alone makes every step three times slower.
     """
 
-    def make_env(record: Callable[[gym.Env], gym.Env] | None) -> gym.Env:
+    def make_env(record: Callable[[gym.Env], gym.Env] | None) -> ReplayableEnv:
         env = record(_make(args, render_mode="rgb_array")) if record else _make(args)
         space = env.observation_space
         is_flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
@@ -143,7 +147,7 @@ def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], 
     return ReplayableEnvs([partial(make_env, record if index == 0 else None) for index in range(num_envs)])
 
 
-def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = Purpose.ENVIRONMENT) -> np.ndarray:
+def reset_envs(envs: "Envs", seed: int, first_index: int, purpose: Purpose = Purpose.ENVIRONMENT) -> np.ndarray:
     """Reset all environments, each with its own seed, and return their first observations [N, *shape].
 
     Args:
