@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -15,7 +15,7 @@ from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DeprecatedEnv, UnregisteredEnv, VersionNotFound
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 
-from rl.args import EnvironmentArgs
+from rl.args import CommonArgs, EnvironmentArgs
 from rl.environments.replay import ReplayableEnv, ReplayableEnvs
 from rl.seeding import Purpose, stream_seed
 from rl.spaces import check_action_space, is_image, observation_parts
@@ -49,11 +49,17 @@ def resolve_env_id(env_id: str) -> str:
 
 
 def read_spaces(args: EnvironmentArgs) -> tuple[gym.Space, gym.Space]:
-    """Make the environment once and return its observation space and its action space.
+    """Return the observation space and the action space of the environment, which is made once to be asked.
 
     Raises:
         ValueError: in one line, if it cannot be made or has a space that is not supported.
     """
+    return _read_spaces(args.env_id, tuple(args.env_kwargs))
+
+
+@cache
+def _read_spaces(env_id: str, env_kwargs: tuple[str, ...]) -> tuple[gym.Space, gym.Space]:
+    args = CommonArgs(env_id=env_id, env_kwargs=env_kwargs)
     try:
         with _make(args) as env:
             observation_space, action_space = env.observation_space, env.action_space
