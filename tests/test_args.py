@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from rl import launch
+from rl import voice
 from rl.args import CommonArgs, DecoupledArgs, FabricArgs, TorchArgs
+from rl.processes.ranks import read_ranks
 from rl.run.command_line import parse
 
 HUGE = 2**32
@@ -17,14 +18,14 @@ NAN, INF = float("nan"), float("inf")
 def one_process_in_an_empty_folder(monkeypatch, tmp_path):
     set_ranks(monkeypatch)
     monkeypatch.chdir(tmp_path)  # the log folder is made there
-    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(voice.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.delenv("LT_CLI_USED", raising=False)
 
 
 def set_ranks(monkeypatch, rank=0, world_size=1):
     numbers = rank, rank, world_size, world_size, "localhost", 0
-    for name, number in zip(launch.LAUNCH_VARIABLES, numbers, strict=True):
+    for name, number in zip(voice.LAUNCH_VARIABLES, numbers, strict=True):
         monkeypatch.setenv(name, str(number))
 
 
@@ -379,16 +380,16 @@ def test_a_retired_environment_is_replaced_by_its_successor_and_one_line_says_so
 
 
 def test_plain_python_is_a_world_of_one_process(monkeypatch):
-    for name in launch.LAUNCH_VARIABLES:
+    for name in voice.LAUNCH_VARIABLES:
         monkeypatch.delenv(name)
-    assert launch.read_ranks() == (0, 0, 1, 1)
-    assert launch.read_ranks() == (0, 0, 1, 1)  # now from the variables that the first call has set
+    assert read_ranks() == (0, 0, 1, 1)
+    assert read_ranks() == (0, 0, 1, 1)  # now from the variables that the first call has set
 
 
 @pytest.mark.parametrize("name", ["RANK", "MASTER_PORT"])
 def test_a_launcher_that_sets_only_some_variables_is_reported(monkeypatch, capsys, name):
     monkeypatch.delenv(name)
     with pytest.raises(SystemExit) as exit_info:
-        launch.read_ranks()
+        read_ranks()
     assert exit_info.value.code == 1
     assert capsys.readouterr().err.startswith(f"error: the launcher's variable {name} is not set")
