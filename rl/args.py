@@ -4,10 +4,11 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import tyro
 
@@ -17,55 +18,74 @@ from rl.presets import PRESETS
 # and for several: python -m benchmarks.compiling
 COMPILING_ALONE, SAVED_ALONE = 7.5, 0.55e-3
 COMPILING_TOGETHER, SAVED_TOGETHER = 11.0, 1.0e-3
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric run`, those that train_fabric.py follows
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric run`, those that train_fabric.py supports
+
+
+class Bound(NamedTuple):
+    """What the value of a flag must be; it stands beside the flag's field."""
+
+    words: str
+    holds: Callable[[Any], object]
+
+
+AT_LEAST_1 = Bound("at least 1", lambda x: x >= 1)
+FRACTION = Bound("between 0 and 1", lambda x: 0 <= x <= 1)
+POSITIVE = Bound("a finite number above 0", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = Bound("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 
 
 @dataclass
 class RunArgs:
-    """How long is trained, and what is left behind."""
+    """The length of the run, and what it writes."""
 
     preset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(sorted(PRESETS))}}}")] = None
-    """Flags tuned for an environment and one process (rl/presets.py); what else is given wins."""
-    total_timesteps: int = 98_304
-    """Environment steps in the whole run, over all environments of all processes."""
-    seed: int = 42
-    """Every random number of the run derives from it."""
-    exp_name: str = "ppo"
-    """Name of the experiment, part of the name of the run's folder."""
+    """Use flags tuned for an environment and one process (rl/presets.py); flags given beside it win."""
+    total_timesteps: Annotated[int, AT_LEAST_1] = 98_304
+    """Environment steps of the whole run, over all environments of all processes."""
+    seed: Annotated[int, Bound("between 0 and 2**32 - 1", lambda x: 0 <= x < 2**32)] = 42
+    """Seed from which every random number of the run derives."""
+    exp_name: Annotated[
+        str,
+        Bound("letters, digits, '.', '_' and '-' only", lambda x: re.fullmatch(r"[\w.-]+", x)),
+        Bound("at most 100 bytes long", lambda x: len(x.encode()) <= 100),  # the name of a file may have 255
+    ] = "ppo"
+    """Name of the experiment, which begins the name of the run's folder."""
     capture_video: bool = False
-    """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
-    test_episodes: int = 10
-    """Greedy episodes after training; their mean return is logged."""
-    max_test_steps: int = 27_000
-    """Steps after which a test episode that has not ended is cut."""
-    checkpoint_every: int = 1
-    """Updates between two checkpoints on the disk; however the run ends, that of the last update is written, too."""
-    keep_checkpoints: int = 2
-    """The newest so many checkpoints stay in the run's folder."""
-    resume: str | None = None
-    """Go on with a run: its folder, or one of its checkpoints. The other flags are those of the run."""
-    timeout: float = 60.0
-    """Seconds that a process waits for another before the run ends; more than a rollout takes."""
+    """Record episodes as videos in train_videos/ and test_videos/ inside the run's folder."""
+    test_episodes: Annotated[int, AT_LEAST_1] = 10
+    """Episodes that the trained policy plays greedily after training; their mean return is logged."""
+    max_test_steps: Annotated[int, AT_LEAST_1] = 27_000
+    """Steps after which a test episode is cut if it has not ended."""
+    checkpoint_every: Annotated[int, AT_LEAST_1] = 1
+    """Updates from one checkpoint to the next; the run also writes one when it ends or is stopped."""
+    keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
+    """Keep this many checkpoints, the newest, and delete older ones."""
+    resume: Annotated[str | None, Bound("a run's folder or one of its checkpoints", lambda x: x != "")] = None
+    """Continue a run: give its folder or one of its checkpoints. The run's flags replace the defaults of all others."""
+    timeout: Annotated[float, Bound("above 0 and at most 1e6", lambda x: 0 < x <= 1e6)] = (
+        60.0  # a timedelta has a limit
+    )
+    """Seconds that a process waits for another before the run ends with an error; longer than a rollout takes."""
 
 
 @dataclass
 class EnvironmentArgs:
-    """Which environment, and how it is run."""
+    """The environment, and how it runs."""
 
     env_id: str = "CartPole-v1"
     """Gymnasium id of the environment."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment, as key=value pairs or JSON: gravity=-5 or '{"gravity": -5}'."""
     env_backend: Literal["gymnasium", "envpool"] = "gymnasium"
-    """Who runs the environments of the training; EnvPool is faster for those it has (requirements-envpool.txt)."""
-    env_threads: int = 1
+    """Library that runs the training environments; EnvPool has fewer but is faster (requirements-envpool.txt)."""
+    env_threads: Annotated[int, AT_LEAST_1] = 1
     """Threads in which EnvPool steps the environments of a process."""
-    num_envs: int = 4
-    """Environments of each process that runs environments."""
+    num_envs: Annotated[int, AT_LEAST_1] = 4
+    """Environments in each process that runs environments."""
     normalize_observations: bool = False
-    """Shift and scale observations by their mean and variance so far, over all ranks; images stay as they are."""
+    """Normalise observations by their running mean and variance over all ranks; images are not changed."""
     normalize_rewards: bool = False
-    """Divide rewards by the standard deviation of the discounted return so far, over all ranks."""
+    """Divide rewards by the running standard deviation of the discounted return over all ranks."""
 
     def env_arguments(self) -> dict[str, Any]:
         """Return the arguments of the environment that `env_kwargs` names.
@@ -88,25 +108,25 @@ class EnvironmentArgs:
 
 @dataclass
 class DataArgs:
-    """How much experience an update takes, and how it is cut into minibatches."""
+    """How much data an update takes, and how it is split into minibatches."""
 
-    num_steps: int = 1024
+    num_steps: Annotated[int, AT_LEAST_1] = 1024
     """Environment steps gathered before each update, over all environments of all processes."""
-    per_rank_batch_size: int = 64
-    """Rows of a minibatch, for each process that optimizes and each gradient step."""
-    update_epochs: int = 10
+    per_rank_batch_size: Annotated[int, AT_LEAST_1] = 64
+    """Rows of each minibatch, in each process that optimizes."""
+    update_epochs: Annotated[int, AT_LEAST_1] = 10
     """Passes over the gathered data in each update."""
     share_data: bool = False
-    """Every process that optimizes receives all data and trains on a part drawn anew in each epoch."""
+    """Send all data to every process that optimizes; each trains on a part that is drawn anew in each epoch."""
     compile: Annotated[bool | None, tyro.conf.arg(metavar="| --no-compile")] = None
-    """Compile the gradient step, several times faster after some seconds; by default if the run is long enough."""
+    """Compile the gradient step: it takes seconds and makes the step several times faster. By default, long runs do."""
 
 
 @dataclass
 class NetworkArgs:
-    """The policy's and the value function's networks."""
+    """The networks of the policy and of the value function."""
 
-    hidden_sizes: tuple[int, ...] = (64, 64)
+    hidden_sizes: Annotated[tuple[int, ...], Bound("sizes of at least 1", lambda x: min(x, default=1) >= 1)] = (64, 64)
     """Units of each hidden layer."""
     activation_function: Literal["relu", "tanh"] = "relu"
     """Activation of the hidden layers."""
@@ -118,30 +138,60 @@ class NetworkArgs:
 class PPOArgs:
     """Proximal Policy Optimization (Schulman et al. 2017)."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, POSITIVE] = 1e-3
     """Learning rate of Adam."""
     anneal_lr: bool = True
     """Lower the learning rate linearly, to zero at the end of the run."""
-    gamma: float = 0.999
+    gamma: Annotated[float, FRACTION] = 0.999
     """Discount factor of the rewards."""
-    gae_lambda: float = 0.98
-    """Lambda of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
-    clip_coef: float = 0.2
+    gae_lambda: Annotated[float, FRACTION] = 0.98
+    """Lambda of generalized advantage estimation: 0 trusts the value function, 1 trusts the returns."""
+    clip_coef: Annotated[float, POSITIVE] = 0.2
     """Epsilon of the surrogate objective: how far the probability ratio may leave 1."""
     clip_vloss: bool = False
     """Use the larger of the clipped and the unclipped squared error of the values."""
-    ent_coef: float = 0.0
+    ent_coef: Annotated[float, NOT_NEGATIVE] = 0.0
     """Weight of the entropy bonus in the loss."""
-    vf_coef: float = 0.5
+    vf_coef: Annotated[float, NOT_NEGATIVE] = 0.5
     """Weight of the value loss in the loss."""
-    max_grad_norm: float = 0.5
-    """Norm to which larger gradients are clipped."""
+    max_grad_norm: Annotated[float, POSITIVE] = 0.5
+    """Largest norm of the gradients; larger ones are scaled down to it."""
     normalize_advantages: bool = True
     """Normalise the advantages of each update over all ranks."""
-    target_kl: float | None = None
-    """End an update after the epoch in which the approximate KL divergence, over all ranks, exceeds this."""
-    noise_correlation: float = 0.0
-    """Correlation of a continuous action's noise with that of the step before: noise that lasts explores further."""
+    target_kl: Annotated[float | None, POSITIVE] = None
+    """End an update after the epoch in which the approximate KL divergence over all ranks exceeds this value."""
+    noise_correlation: Annotated[float, Bound("at least 0 and below 1", lambda x: 0 <= x < 1)] = 0.0
+    """Correlation of a continuous action's noise from one step to the next; noise that lasts explores further."""
+
+
+@dataclass
+class DeviceArgs:
+    """The devices of the networks."""
+
+    cuda: bool = False
+    """Train on GPUs."""
+
+
+@dataclass
+class PlayerArgs:
+    """The process that runs the environments."""
+
+    player_on_gpu: bool = False
+    """Run the policy of the player on a GPU, too (with --cuda)."""
+    overlap: bool = False
+    """Collect the next rollout while the trainers optimize, with weights that are one update old."""
+
+
+# The groups of flags that --help shows, by their titles; the arguments of a script have the fields of its groups.
+GROUPS = {
+    "run": RunArgs,
+    "environment": EnvironmentArgs,
+    "data": DataArgs,
+    "network": NetworkArgs,
+    "ppo": PPOArgs,
+    "device": DeviceArgs,
+    "player": PlayerArgs,
+}
 
 
 @dataclass
@@ -156,36 +206,11 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         Raises:
             ValueError: with one line that names the flag, its bounds and the value.
         """
-        for names, holds, bounds in (
-            (
-                ("num_envs", "env_threads", "num_steps", "per_rank_batch_size", "update_epochs"),
-                lambda x: x >= 1,
-                "at least 1",
-            ),
-            (
-                ("total_timesteps", "test_episodes", "max_test_steps", "checkpoint_every", "keep_checkpoints"),
-                lambda x: x >= 1,
-                "at least 1",
-            ),
-            (("hidden_sizes",), lambda sizes: all(x >= 1 for x in sizes), "sizes of at least 1"),
-            (("target_kl",), lambda x: x is None or 0 < x < math.inf, "a finite number above 0"),
-            (("seed",), lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
-            (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
-            (("noise_correlation",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
-            (
-                ("learning_rate", "clip_coef", "max_grad_norm"),
-                lambda x: 0 < x < math.inf,
-                "a finite number above 0",
-            ),
-            (("timeout",), lambda x: 0 < x <= 1e6, "above 0 and at most 1e6"),  # a timedelta overflows later
-            (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
-            (("exp_name",), lambda x: re.fullmatch(r"[\w.-]+", x), "letters, digits, '.', '_' and '-' only"),
-            (("exp_name",), lambda x: len(x.encode()) <= 100, "at most 100 bytes long"),  # a file's name has 255
-            (("resume",), lambda x: x != "", "a run's folder or one of its checkpoints"),
-        ):
-            for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for bound in getattr(field.type, "__metadata__", ()):
+                if isinstance(bound, Bound) and value is not None and not bound.holds(value):
+                    raise ValueError(f"--{field.name.replace('_', '-')} must be {bound.words}, got {value!r}")
         self.env_arguments()
         if self.capture_video and self.env_backend == "envpool":
             raise ValueError("--capture-video goes with --env-backend gymnasium: EnvPool draws no pictures")
@@ -262,14 +287,6 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
 
 
 @dataclass
-class DeviceArgs:
-    """Where the networks are trained."""
-
-    cuda: bool = False
-    """Train on GPUs."""
-
-
-@dataclass
 class TorchArgs(DeviceArgs, CommonArgs):
     """PPO in raw PyTorch with DistributedDataParallel."""
 
@@ -291,10 +308,9 @@ class FabricArgs(CommonArgs):
         if world_size > 1 and "LT_CLI_USED" not in os.environ:
             raise ValueError("several processes of train_fabric.py are started with `fabric run`, see README.md")
         _check_precision()
-        strategy, accelerator = os.environ.get("LT_STRATEGY", "auto"), os.environ.get("LT_ACCELERATOR", "cpu")
-        if strategy not in STRATEGIES:
+        if (strategy := os.environ.get("LT_STRATEGY", "auto")) not in STRATEGIES:
             raise ValueError(f"--strategy={strategy} is not supported: train_fabric.py runs with --strategy=ddp")
-        if accelerator in ("gpu", "cuda"):
+        if (accelerator := os.environ.get("LT_ACCELERATOR")) in ("gpu", "cuda"):
             from torch import cuda  # here, so that only a run on a GPU waits for torch before its flags are checked
 
             if not cuda.is_available():
@@ -302,16 +318,6 @@ class FabricArgs(CommonArgs):
                     f"--accelerator={accelerator} needs a GPU, and PyTorch sees none: choose --accelerator=cpu"
                 )
         super().check_processes(world_size)
-
-
-@dataclass
-class PlayerArgs:
-    """Where and when the player acts."""
-
-    player_on_gpu: bool = False
-    """Let the player act on a GPU too (with --cuda)."""
-    overlap: bool = False
-    """Collect the next rollout while the trainers optimize, with weights that are one update old."""
 
 
 @dataclass

@@ -3,19 +3,17 @@
 import os
 import sys
 import tempfile
-from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict, field, fields, make_dataclass, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 import tyro
 from gymnasium.spaces import Box, Space
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from rl.args import CommonArgs
+from rl.args import GROUPS, CommonArgs
 from rl.environments.making import check_backend, check_video, read_spaces, resolve_env_id
 from rl.presets import PRESETS
 from rl.processes.ranks import end_with_launcher, read_ranks
@@ -68,7 +66,9 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     end_with_launcher()
     keep_streams()
     try:
-        args = script_args(**_parse_groups(script_args, argv, _defaults(script_args, argv)))
+        args = _parse_flags(argv, script_args())
+        if args.preset is not None:
+            args = _parse_flags(argv, _preset_args(script_args, args.preset))
         before = run_before_restart()
         if before is not None and any(before.glob("checkpoints/*.ckpt")):
             args = _resumed(script_args, argv, before, world_size, restarted=True)
@@ -97,27 +97,17 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     return args
 
 
-def _defaults(script_args: type[Args], argv: list[str] | None) -> Args:
-    """Return the arguments for which no flag is given: those of the preset, if one is named.
+def _preset_args(script_args: type[Args], name: str) -> Args:
+    """Return the arguments that a preset sets, the others at their defaults.
 
     Raises:
         ValueError: with one line, if there is no such preset.
     """
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", nargs="?")  # where its name is missing, that is said later, among all the flags
-    name = finder.parse_known_args(argv)[0].preset
-    if name is None:
-        return script_args()
     if name not in PRESETS:
         nearest = get_close_matches(name, PRESETS, n=1)
         perhaps = f": perhaps {nearest[0]}?" if nearest else "."
         raise ValueError(f"there is no preset {name!r}{perhaps} There are {', '.join(sorted(PRESETS))}")
     return script_args(**PRESETS[name].flags)
-
-
-def _part(group: type, args: CommonArgs) -> Any:
-    """Return what `args` holds of the arguments of a group."""
-    return group(**{part.name: getattr(args, part.name) for part in fields(group)})
 
 
 def _check_memory(args: CommonArgs, observation_space: Space, processes_here: int) -> None:
@@ -171,7 +161,7 @@ def _resumed(
     checkpoint = load_checkpoint(run_or_checkpoint)
     known = {field.name for field in fields(script_args)}
     before = run_args(checkpoint, script_args)
-    args = script_args(**_parse_groups(script_args, argv, before))
+    args = _parse_flags(argv, before)
     args = replace(args, env_id=resolve_env_id(args.env_id))  # as it was when the run began
     for name in known - CHANGEABLE:
         if getattr(args, name) != getattr(before, name):
@@ -196,16 +186,18 @@ def _resumed(
     return replace(args, resume=str(checkpoint["path"]))
 
 
-def _parse_groups(script_args: type[Args], argv: list[str] | None, defaults: Args) -> dict[str, Any]:
-    """Parse the flags; each root class of `script_args` is a group of the help."""
-    groups = [base for base in reversed(script_args.__mro__) if base.__bases__ == (object,)]
-    named = [
-        (group.__name__.removesuffix("Args").lower(), group, field(default_factory=partial(_part, group, defaults)))
-        for group in groups
-    ]
+def _parse_flags(argv: list[str] | None, defaults: Args) -> Args:
+    """Parse the flags in the groups that the help shows, and return them as one object of the class of `defaults`."""
+    script_args = type(defaults)
+    groups = {
+        title: group(**{field.name: getattr(defaults, field.name) for field in fields(group)})
+        for title, group in GROUPS.items()
+        if isinstance(defaults, group)
+    }
     try:
         parsed = tyro.cli(
-            make_dataclass("Grouped", named),
+            dict,
+            default=groups,
             args=_words(script_args, argv),
             description=script_args.__doc__,
             config=(tyro.conf.OmitArgPrefixes,),
@@ -215,7 +207,7 @@ def _parse_groups(script_args: type[Args], argv: list[str] | None, defaults: Arg
     except SystemExit:
         wait_for_rank_zero()
         raise
-    return {name: value for group in asdict(parsed).values() for name, value in group.items()}
+    return script_args(**{name: value for group in parsed.values() for name, value in vars(group).items()})
 
 
 def parse_options(options: type[Options]) -> Options:
