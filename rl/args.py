@@ -49,7 +49,7 @@ class RunArgs:
         Bound("letters, digits, '.', '_' and '-' only", lambda x: re.fullmatch(r"[\w.-]+", x)),
         Bound("at most 100 bytes long", lambda x: len(x.encode()) <= 100),  # the name of a file may have 255
     ] = "ppo"
-    """Name of the experiment, which begins the name of the run's folder."""
+    """Name of the experiment; the name of the run's folder contains it."""
     capture_video: bool = False
     """Record episodes as videos in train_videos/ and test_videos/ inside the run's folder."""
     test_episodes: Annotated[int, AT_LEAST_1] = 10
@@ -57,15 +57,15 @@ class RunArgs:
     max_test_steps: Annotated[int, AT_LEAST_1] = 27_000
     """Steps after which a test episode is cut if it has not ended."""
     checkpoint_every: Annotated[int, AT_LEAST_1] = 1
-    """Updates from one checkpoint to the next; the run also writes one when it ends or is stopped."""
+    """Updates from one checkpoint to the next; the run writes one more when it ends or is stopped."""
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
     """Keep this many checkpoints, the newest, and delete older ones."""
     resume: Annotated[str | None, Bound("a run's folder or one of its checkpoints", lambda x: x != "")] = None
-    """Continue a run: give its folder or one of its checkpoints. The run's flags replace the defaults of all others."""
+    """Continue a run, given its folder or one of its checkpoints. All other flags default to those of the run."""
     timeout: Annotated[float, Bound("above 0 and at most 1e6", lambda x: 0 < x <= 1e6)] = (
         60.0  # a timedelta has a limit
     )
-    """Seconds that a process waits for another before the run ends with an error; longer than a rollout takes."""
+    """Seconds that a process waits for another before the run fails; choose more than a rollout takes."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class EnvironmentArgs:
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment, as key=value pairs or JSON: gravity=-5 or '{"gravity": -5}'."""
     env_backend: Literal["gymnasium", "envpool"] = "gymnasium"
-    """Library that runs the training environments; EnvPool has fewer but is faster (requirements-envpool.txt)."""
+    """Library that runs the training environments. EnvPool (requirements-envpool.txt) has fewer, and is faster."""
     env_threads: Annotated[int, AT_LEAST_1] = 1
     """Threads in which EnvPool steps the environments of a process."""
     num_envs: Annotated[int, AT_LEAST_1] = 4
@@ -119,7 +119,7 @@ class DataArgs:
     share_data: bool = False
     """Send all data to every process that optimizes; each trains on a part that is drawn anew in each epoch."""
     compile: Annotated[bool | None, tyro.conf.arg(metavar="| --no-compile")] = None
-    """Compile the gradient step: it takes seconds and makes the step several times faster. By default, long runs do."""
+    """Compile the gradient step: that takes seconds and makes it several times faster. By default, long runs do it."""
 
 
 @dataclass
@@ -242,10 +242,10 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         return world_size
 
     def network_bytes(self, num_features: int) -> int:
-        """Return about what policy and value function take: weights, gradients and Adam's two moments, in float32.
+        """Return about how many bytes the networks take: weights, gradients and Adam's two moments, in float32.
 
         Args:
-            num_features: of an observation, as the first layer sees it.
+            num_features: the number of features of an observation that enter the first layer.
         """
         weights = sum((inputs + 1) * outputs for inputs, outputs in pairwise((num_features, *self.hidden_sizes)))
         return 2 * weights * 4 * 4
@@ -255,7 +255,7 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         return math.ceil(self.num_steps / (self.num_envs * self.env_processes(world_size)))
 
     def steps_per_update(self, world_size: int) -> int:
-        """Return the environment steps of an update: `num_steps`, rounded up to what the environments share evenly."""
+        """Return the environment steps of an update: `num_steps`, rounded up to equal shares of all environments."""
         return self.rollout_length(world_size) * self.num_envs * self.env_processes(world_size)
 
     @property
@@ -268,7 +268,7 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         return math.ceil(math.ceil(num_rows / world_size) / self.per_rank_batch_size)
 
     def compiles(self, num_rows: int, world_size: int) -> bool:
-        """Return whether the gradient step is compiled: if that saves more time than it takes, or as a flag says.
+        """Return whether the gradient step is compiled: as a flag says, else if that saves more time than it takes.
 
         Args:
             num_rows: rows of an update, over all processes that optimize.
@@ -358,10 +358,10 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
 
 
 def _check_precision() -> None:
-    """Check the precision that `fabric run` was given; the scripts compute in float32 alone.
+    """Check the precision that `fabric run` was given: the scripts compute in float32 only.
 
     Raises:
-        ValueError: with one line, if it is another.
+        ValueError: with one line, if it is not float32.
     """
     if (precision := os.environ.get("LT_PRECISION", "32-true")) not in ("32", "32-true"):
         raise ValueError(f"--precision={precision} is not supported: the scripts train in --precision=32-true")

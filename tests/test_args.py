@@ -46,7 +46,13 @@ BOUNDS = {
     "vf_coef": ("a finite number of at least 0", [-0.1, INF, NAN], [0.0]),
     "exp_name": ("letters, digits, '.', '_' and '-' only", ["", "a b", "a/b", "a\n"], ["A.b_c-1"]),
     "timeout": ("above 0 and at most 1e6", [0.0, 1e300, INF, NAN], [1e-9, 1e6]),
+    "test_episodes": ("at least 1", [0], [1]),
     "max_test_steps": ("at least 1", [0], [1]),
+    "checkpoint_every": ("at least 1", [0], [1]),
+    "keep_checkpoints": ("at least 1", [0], [1]),
+    "env_threads": ("at least 1", [0], [1]),
+    "hidden_sizes": ("sizes of at least 1", [(0,), (64, -1)], [(), (1,)]),
+    "target_kl": ("a finite number above 0", [0.0, -1.0, INF, NAN], [None, 1e-9]),
     "resume": ("a run's folder or one of its checkpoints", [""], [None, "run"]),
 }
 

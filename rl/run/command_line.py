@@ -1,4 +1,4 @@
-"""The command line: parsed and checked before anything slow is imported and before processes meet."""
+"""Parses and checks the command line, before anything slow is imported and before the processes connect."""
 
 import os
 import sys
@@ -24,12 +24,12 @@ from rl.voice import fail, is_rank_zero, keep_streams, say, wait_for_rank_zero
 Args = TypeVar("Args", bound=CommonArgs)
 Options = TypeVar("Options")
 
-# A flag of three states: neither is written for the default, which depends on the run.
+# A flag of three states: where neither word is given, the value is None, and the run decides.
 THREE_STATES = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
 
 WHOLE_NUMBERS = ConstructorRegistry()
 
-# What may differ when a run is resumed; num_envs as long as there are as many environments in all.
+# Flags that may change when a run is resumed; num_envs only if the run has as many environments in all as before.
 CHANGEABLE = {
     "total_timesteps",
     "num_envs",
@@ -47,16 +47,16 @@ CHANGEABLE = {
 
 
 def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
-    """Parse and check the command line, before anything slow is imported and before processes meet.
+    """Parse and check the command line of a script.
 
-    Every rank sees the same mistake, so every rank ends by itself; rank 0 says why, in one line.
+    Every rank finds the same mistake and ends by itself; rank 0 says why, in one line.
 
     Args:
         script_args: the dataclass of the script's arguments.
         argv: the arguments, `sys.argv[1:]` by default.
 
     Returns:
-        The arguments as typed, but for `env_id`, which is resolved.
+        The arguments as typed; only `env_id` is resolved.
 
     Raises:
         SystemExit: on `--help` or on bad input.
@@ -65,6 +65,8 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     world_size = ranks.world_size
     end_with_launcher()
     keep_streams()
+    if "" not in sys.path:  # the working directory, where the user's own environments may lie
+        sys.path.append("")
     try:
         args = _parse_flags(argv, script_args())
         if args.preset is not None:
@@ -98,7 +100,7 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
 
 
 def _preset_args(script_args: type[Args], name: str) -> Args:
-    """Return the arguments that a preset sets, the others at their defaults.
+    """Return the arguments of a preset; those that it does not set have their defaults.
 
     Raises:
         ValueError: with one line, if there is no such preset.
@@ -132,7 +134,7 @@ def _check_log_root(log_root: Path) -> None:
     """Check that a run's folder can be made below `log_root`.
 
     Raises:
-        ValueError: if nothing can be written there.
+        ValueError: with one line, if nothing can be written there.
     """
     try:
         log_root.mkdir(parents=True, exist_ok=True)
@@ -149,9 +151,9 @@ def _resumed(
     world_size: int,
     restarted: bool = False,
 ) -> Args:
-    """Parse the flags again, with those of the run that is resumed as defaults.
+    """Parse the flags again; those of the run that is resumed are the defaults.
 
-    A run that the launcher restarted may be complete but for its test.
+    Only a run that the launcher restarted may have made all its updates: its test is left.
 
     Raises:
         ValueError: with one line, if the run cannot go on so.
@@ -187,7 +189,7 @@ def _resumed(
 
 
 def _parse_flags(argv: list[str] | None, defaults: Args) -> Args:
-    """Parse the flags in the groups that the help shows, and return them as one object of the class of `defaults`."""
+    """Parse the flags, in the groups that the help shows, into one object of the class of `defaults`."""
     script_args = type(defaults)
     groups = {
         title: group(**{field.name: getattr(defaults, field.name) for field in fields(group)})
@@ -211,7 +213,7 @@ def _parse_flags(argv: list[str] | None, defaults: Args) -> Args:
 
 
 def parse_options(options: type[Options]) -> Options:
-    """Parse the command line of a command that is no script, such as `python -m rl.evaluate`.
+    """Parse the command line of a module that is run as a command, such as `python -m rl.evaluate`.
 
     Args:
         options: the dataclass of its flags; its docstring is the help's first line.
@@ -223,12 +225,7 @@ def parse_options(options: type[Options]) -> Options:
 
 
 def _words(options: type, argv: Sequence[str] | None = None) -> list[str]:
-    """Return the words of the command line, with `--flag True` and `--flag=false` as tyro takes them.
-
-    Environments of the user's lie in the working directory, which Python does not look into when it runs a script.
-    """
-    if "" not in sys.path:
-        sys.path.append("")
+    """Return the words of the command line; tyro takes `--flag True` and `--flag=false` as `--flag` and `--no-flag`."""
     kinds = get_type_hints(options)
     truths = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if kind in (bool, bool | None)}
     words: list[str] = []
@@ -244,7 +241,7 @@ def _words(options: type, argv: Sequence[str] | None = None) -> list[str]:
 
 @WHOLE_NUMBERS.primitive_rule
 def _whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-    """Have tyro take whole numbers in scientific notation, too: `--total-timesteps 1e6`."""
+    """Let tyro accept whole numbers in scientific notation, too: `--total-timesteps 1e6`."""
     if kind.type is not int:
         return None
     return PrimitiveConstructorSpec(
@@ -257,10 +254,10 @@ def _whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | No
 
 
 def _to_int(text: str) -> int:
-    """Return a whole number.
+    """Return the whole number that a text says.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it says none.
     """
     try:
         return int(text)
