@@ -1,4 +1,4 @@
-"""Presets: flags tuned for an environment and one process, with what they reach."""
+"""Presets: flags tuned for an environment and one process, and the return that they reach."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 class Preset(NamedTuple):
     """Flags that differ from the defaults, and what a run with them reaches."""
 
-    flags: dict[str, Any]  # by field of the arguments; they say the budget, too
+    flags: dict[str, Any]  # values by the names of the arguments; the number of steps is among them
     result: str
 
 

@@ -45,10 +45,13 @@ def test_a_preset_that_does_not_exist_ends_with_one_line_that_names_the_nearest_
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_preset_like_no_other_ends_with_the_names_of_those_that_there_are(capsys):
+@pytest.mark.parametrize("name", ["x", ""])
+def test_a_preset_like_no_other_ends_with_the_names_of_those_that_there_are(capsys, name):
     with pytest.raises(SystemExit):
-        parse(TorchArgs, ["--preset=x"])
-    assert capsys.readouterr().err.startswith("error: there is no preset 'x'. There are acrobot, bipedal-walker, ")
+        parse(TorchArgs, [f"--preset={name}"])
+    assert capsys.readouterr().err.startswith(
+        f"error: there is no preset {name!r}. There are acrobot, bipedal-walker, "
+    )
 
 
 def test_help_shows_the_presets_in_order(capsys):

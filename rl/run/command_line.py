@@ -1,9 +1,8 @@
-"""The command line: parsed and checked before anything slow is imported and before processes meet."""
+"""Parses and checks the command line, before anything slow is imported and before the processes connect."""
 
 import os
 import sys
 import tempfile
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -14,7 +13,7 @@ import tyro
 from gymnasium.spaces import Box, Space
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from rl.args import CommonArgs
+from rl.args import GROUPS, CommonArgs
 from rl.environments.making import check_backend, check_video, read_spaces, resolve_env_id
 from rl.presets import PRESETS
 from rl.processes.ranks import end_with_launcher, read_ranks
@@ -25,12 +24,12 @@ from rl.voice import fail, is_rank_zero, keep_streams, say, wait_for_rank_zero
 Args = TypeVar("Args", bound=CommonArgs)
 Options = TypeVar("Options")
 
-# A flag of three states: neither is written for the default, which depends on the run.
+# A flag of three states: where neither word is given, the value is None, and the run decides.
 THREE_STATES = {"--compile": ["--compile", "True"], "--no-compile": ["--compile", "False"]}
 
 WHOLE_NUMBERS = ConstructorRegistry()
 
-# What may differ when a run is resumed; num_envs as long as there are as many environments in all.
+# Flags that may change when a run is resumed; num_envs only if the run has as many environments in all as before.
 CHANGEABLE = {
     "total_timesteps",
     "num_envs",
@@ -48,16 +47,16 @@ CHANGEABLE = {
 
 
 def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
-    """Parse and check the command line, before anything slow is imported and before processes meet.
+    """Parse and check the command line of a script.
 
-    Every rank sees the same mistake, so every rank ends by itself; rank 0 says why, in one line.
+    Every rank finds the same mistake and ends by itself; rank 0 says why, in one line.
 
     Args:
         script_args: the dataclass of the script's arguments.
         argv: the arguments, `sys.argv[1:]` by default.
 
     Returns:
-        The arguments as typed, but for `env_id`, which is resolved.
+        The arguments as typed; only `env_id` is resolved.
 
     Raises:
         SystemExit: on `--help` or on bad input.
@@ -66,9 +65,12 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     world_size = ranks.world_size
     end_with_launcher()
     keep_streams()
+    if "" not in sys.path:  # the working directory, where the user's own environments may lie
+        sys.path.append("")
     try:
-        args = _parse_flags(script_args, argv, _defaults(script_args, argv))
-        args.check()
+        args = _parse_flags(argv, script_args())
+        if args.preset is not None:
+            args = _parse_flags(argv, _preset_args(script_args, args.preset))
         before = run_before_restart()
         if before is not None and any(before.glob("checkpoints/*.ckpt")):
             args = _resumed(script_args, argv, before, world_size, restarted=True)
@@ -97,17 +99,12 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     return args
 
 
-def _defaults(script_args: type[Args], argv: list[str] | None) -> Args:
-    """Return the arguments for which no flag is given: those of the preset, if one is named.
+def _preset_args(script_args: type[Args], name: str) -> Args:
+    """Return the arguments of a preset; those that it does not set have their defaults.
 
     Raises:
         ValueError: with one line, if there is no such preset.
     """
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", nargs="?")  # where its name is missing, that is said later, among all the flags
-    name = finder.parse_known_args(argv)[0].preset
-    if name is None:
-        return script_args()
     if name not in PRESETS:
         nearest = get_close_matches(name, PRESETS, n=1)
         perhaps = f": perhaps {nearest[0]}?" if nearest else "."
@@ -137,7 +134,7 @@ def _check_log_root(log_root: Path) -> None:
     """Check that a run's folder can be made below `log_root`.
 
     Raises:
-        ValueError: if nothing can be written there.
+        ValueError: with one line, if nothing can be written there.
     """
     try:
         log_root.mkdir(parents=True, exist_ok=True)
@@ -154,9 +151,9 @@ def _resumed(
     world_size: int,
     restarted: bool = False,
 ) -> Args:
-    """Parse the flags again, with those of the run that is resumed as defaults.
+    """Parse the flags again; those of the run that is resumed are the defaults.
 
-    A run that the launcher restarted may be complete but for its test.
+    Only a run that the launcher restarted may have made all its updates: its test is left.
 
     Raises:
         ValueError: with one line, if the run cannot go on so.
@@ -166,8 +163,7 @@ def _resumed(
     checkpoint = load_checkpoint(run_or_checkpoint)
     known = {field.name for field in fields(script_args)}
     before = run_args(checkpoint, script_args)
-    args = _parse_flags(script_args, argv, before)
-    args.check()
+    args = _parse_flags(argv, before)
     args = replace(args, env_id=resolve_env_id(args.env_id))  # as it was when the run began
     for name in known - CHANGEABLE:
         if getattr(args, name) != getattr(before, name):
@@ -192,28 +188,32 @@ def _resumed(
     return replace(args, resume=str(checkpoint["path"]))
 
 
-def _parse_flags(script_args: type[Args], argv: list[str] | None, defaults: Args) -> Args:
-    """Parse the flags.
-
-    Raises:
-        SystemExit: on `--help`, or if a flag is unknown or its value has another type.
-    """
+def _parse_flags(argv: list[str] | None, defaults: Args) -> Args:
+    """Parse the flags, in the groups that the help shows, into one object of the class of `defaults`."""
+    script_args = type(defaults)
+    groups = {
+        title: group(**{field.name: getattr(defaults, field.name) for field in fields(group)})
+        for title, group in GROUPS.items()
+        if isinstance(defaults, group)
+    }
     try:
-        return tyro.cli(
-            script_args,
+        parsed = tyro.cli(
+            dict,
+            default=groups,
             args=_words(script_args, argv),
-            default=defaults,
             description=script_args.__doc__,
+            config=(tyro.conf.OmitArgPrefixes,),
             console_outputs=is_rank_zero(),
             registry=WHOLE_NUMBERS,
         )
     except SystemExit:
         wait_for_rank_zero()
         raise
+    return script_args(**{name: value for group in parsed.values() for name, value in vars(group).items()})
 
 
 def parse_options(options: type[Options]) -> Options:
-    """Parse the command line of a command that is no script, such as `python -m rl.evaluate`.
+    """Parse the command line of a module that is run as a command, such as `python -m rl.evaluate`.
 
     Args:
         options: the dataclass of its flags; its docstring is the help's first line.
@@ -225,12 +225,7 @@ def parse_options(options: type[Options]) -> Options:
 
 
 def _words(options: type, argv: Sequence[str] | None = None) -> list[str]:
-    """Return the words of the command line, with `--flag True` and `--flag=false` as tyro takes them.
-
-    Environments of the user's lie in the working directory, which Python does not look into when it runs a script.
-    """
-    if "" not in sys.path:
-        sys.path.append("")
+    """Return the words of the command line; tyro takes `--flag True` and `--flag=false` as `--flag` and `--no-flag`."""
     kinds = get_type_hints(options)
     truths = {f"--{name.replace('_', '-')}" for name, kind in kinds.items() if kind in (bool, bool | None)}
     words: list[str] = []
@@ -246,7 +241,7 @@ def _words(options: type, argv: Sequence[str] | None = None) -> list[str]:
 
 @WHOLE_NUMBERS.primitive_rule
 def _whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-    """Have tyro take whole numbers in scientific notation, too: `--total-timesteps 1e6`."""
+    """Let tyro accept whole numbers in scientific notation, too: `--total-timesteps 1e6`."""
     if kind.type is not int:
         return None
     return PrimitiveConstructorSpec(
@@ -259,10 +254,10 @@ def _whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | No
 
 
 def _to_int(text: str) -> int:
-    """Return a whole number.
+    """Return the whole number that a text says.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it says none.
     """
     try:
         return int(text)
