@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.runs import last_checkpoint, run_folders
 from rl.args import TorchArgs
-from tests.launching import ROOT, WORKERS, assert_no_process_is_left, fabric_run, python, run, run_folders, torchrun
+from tests.launching import ROOT, WORKERS, assert_no_process_is_left, fabric_run, python, run, torchrun
 
 BOUND = 0.3
 EPOCHS, STEPS_OF_AN_EPOCH = 3, 2
@@ -45,12 +46,7 @@ def ranks(tmp_path_factory):
     assert finished.returncode == 0, finished.output
     assert_no_process_is_left(finished)
     kept = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-    return kept, last_checkpoint(folder)["agent"]
-
-
-def last_checkpoint(cwd):
-    (run_folder,) = run_folders(cwd)
-    return torch.load(max((run_folder / "checkpoints").iterdir()), weights_only=True)
+    return kept, last_checkpoint(run_folders(folder)[0])["agent"]
 
 
 def test_both_ranks_stop_after_the_first_epoch_where_their_mean_exceeds_the_bound_and_nowhere_else(ranks):
@@ -104,6 +100,6 @@ def test_a_policy_that_moves_far_is_stopped_only_where_a_bound_says_so(bound, ep
     command = python("train_torch.py", *flags.split(), "--learning-rate", "0.1", *bound.split())
     finished = run(command, tmp_path, timeout=60)
     assert finished.returncode == 0, finished.output
-    optimizer = last_checkpoint(tmp_path)["optimizer"]
+    optimizer = last_checkpoint(run_folders(tmp_path)[0])["optimizer"]
     assert optimizer["param_groups"][0]["lr"] == 0.1
     assert {state["step"].item() for state in optimizer["state"].values()} == {2 * epochs}
