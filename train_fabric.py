@@ -80,8 +80,8 @@ def main(args: FabricArgs) -> None:
     # Resume: agent, optimizer and environments go back to where a checkpoint found them.
     run.restore(agent, optimizer, collector, gradient_step)
 
-    # Compile: in a long run one graph stands in for the step above. From here on fabric_agent, backward, clip_gradients
-    # and optimizer.step run only when the graph proves itself against them, or if it cannot.
+    # Compile: in a long run one graph stands in for the step above. From here on the wrapped agent, the backward pass,
+    # clipping and the optimizer run only when the graph proves itself against them, or if it cannot.
     if args.compiles(run.steps, world_size):
         gradient_step = compile_gradient_step(
             gradient_step, agent, optimizer, args, run.steps, sum_over_ranks, world_size

@@ -155,8 +155,8 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device) -> None
     # Resume: agent and optimizer go back to where a checkpoint found them.
     run.restore(agent, optimizer, gradient_step=gradient_step)
 
-    # Compile: in a long run one graph stands in for the step above. From here on fabric_agent, backward, clip_gradients
-    # and optimizer.step run only when the graph proves itself against them, or if it cannot.
+    # Compile: in a long run one graph stands in for the step above. From here on the wrapped agent, the backward pass,
+    # clipping and the optimizer run only when the graph proves itself against them, or if it cannot.
     if args.compiles(run.steps, num_trainers):
         gradient_step = compile_gradient_step(
             gradient_step, agent, optimizer, args, run.steps, channel.trainers.all_reduce, num_trainers

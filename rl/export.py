@@ -74,7 +74,7 @@ def export(agent: Agent, observations: Tensor, path: Path) -> None:
             verbose=False,
         )
     try:
-        program.save(path)
+        program.save(path)  # type: ignore[union-attr]
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     (actions,) = onnxruntime.InferenceSession(path).run(None, {"observation": observations.numpy()})

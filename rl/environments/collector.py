@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +15,6 @@ from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Episodes, Rollout
 from rl.ppo.distributions import draw_action_noise
-
-
-class Restorable(Protocol):
-    """N environments that remember where they stood after a rollout.
-
-    `ReplayableEnvs` are put back exactly there. `EnvPoolEnvs` cannot be: they begin new episodes.
-    """
-
-    def mark(self, update: int) -> None:
-        """Remember where the environments stand, after the rollout for an update."""
-
-    def states(self, update: int) -> list[dict[str, Any]]:
-        """Return what each environment needs to be put back where it stood then."""
-
-    def restore(self, states: list[dict[str, Any]]) -> tuple[np.ndarray, list[np.ndarray], list[str]]:
-        """Put the environments back, and return their observations, the rewards of each running episode so far, and a
-        line for each environment that is not exactly where it was.
-        """
 
 
 @dataclass

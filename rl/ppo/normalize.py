@@ -51,6 +51,7 @@ class ObservationNormalizer(nn.Module):
     improved is the one that acted.
     """
 
+    is_vector: Tensor
     moments: Tensor
     mean: Tensor
     std: Tensor

@@ -8,7 +8,7 @@ from rl.args import CommonArgs
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch, Rollout
 from rl.ppo.gae import generalized_advantage_estimation
-from rl.ppo.normalize import moments, normalize_advantages
+from rl.ppo.normalize import ObservationNormalizer, RewardNormalizer, moments, normalize_advantages
 
 
 def prepare_batch(
@@ -25,9 +25,9 @@ def prepare_batch(
         args: `gamma`, `gae_lambda` and the three `normalize_...` count here.
         sum_over_ranks: adds up a tensor over the ranks that collected.
     """
-    if args.normalize_observations:
+    if isinstance(agent.observation_normalizer, ObservationNormalizer):
         agent.observation_normalizer.update(sum_over_ranks(moments(rollout.raw_observations)))
-    if args.normalize_rewards:
+    if isinstance(agent.reward_normalizer, RewardNormalizer) and rollout.reward_sums is not None:
         agent.reward_normalizer.update(sum_over_ranks(moments(rollout.reward_sums)))
     rewards = agent.reward_normalizer(rollout.rewards)
     advantages = generalized_advantage_estimation(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -125,7 +126,7 @@ class Peers:
     def deposit(self, key: str, content: bytes) -> None:
         """Leave something in the store for rank 0, unless it is too large for that."""
         if len(content) < LARGEST_VALUE:
-            self._ask(lambda: self.store.set(f"{key}/{self.rank}", content))
+            self._ask(lambda: self.store.set(f"{key}/{self.rank}", content))  # type: ignore[arg-type]  # bytes it takes, too
 
     def collect(self, key: str, patience: float) -> list[bytes] | None:
         """Return what the others leave in the store, in the order of their ranks; None if one of them does not.
@@ -180,7 +181,8 @@ class Peers:
             for rank in (rank for rank in last_beats if not self._has(f"ready/{rank}")):
                 if rank in gone:
                     raise ConnectionError("a process ended before all were ready")
-                beat = self._ask(lambda key=f"alive/{rank}": self.store.get(key)) if self._has(f"alive/{rank}") else b""
+                key = f"alive/{rank}"
+                beat = self._ask(partial(self.store.get, key)) if self._has(key) else b""
                 if beat != last_beats[rank][0]:
                     last_beats[rank] = beat, time.monotonic()
                 if time.monotonic() - last_beats[rank][1] > self.timeout:

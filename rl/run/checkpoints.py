@@ -25,7 +25,8 @@ PATIENCE = 6  # seconds that the first process, on its way out, waits for what t
 class Environments(Protocol):
     """What knows where the environments of a process stood at the end of an update: `Collector`."""
 
-    updates: list[int]  # those that it still remembers
+    @property
+    def updates(self) -> list[int]: ...  # noqa: D102 (those that it still remembers)
 
     def states(self, update: int) -> list[dict[str, Any]]: ...  # noqa: D102
 

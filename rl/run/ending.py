@@ -85,16 +85,17 @@ class Ending:
         if not self._begun.acquire(blocking=False):
             Event().wait()  # another thread is ending the process
         message, code = self._explain(error)
+        peers = self._met()
         if self.save is not None:
             _try(self.save)
         if message and message.startswith("stopped") and self.run_folder and self.run_folder.exists():
             message += f"; go on with --resume {self.run_folder}"
-        if message and (self._met() is None or self._met().may_speak()):
+        if message and (peers is None or peers.may_speak()):
             write_line(message)
             if message.startswith("error: unexpected"):
                 traceback.print_exception(error)
-        if self._met() is not None:
-            self._met().say_goodbye()
+        if peers is not None:
+            peers.say_goodbye()
         self._close()
         return code
 

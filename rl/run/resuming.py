@@ -99,7 +99,8 @@ def run_args(checkpoint: dict[str, Any], script_args: type[Args]) -> Args:
     defaults = asdict(script_args())
     known = {name: value for name, value in checkpoint["args"].items() if name in defaults}
     for name, value in known.items():
-        kinds = {float: float | int, type(None): str | float | int | None}.get(kind := type(defaults[name]), kind)
+        kind = type(defaults[name])
+        kinds = {float: (float, int), type(None): (str, float, int, type(None))}.get(kind, (kind,))
         if not isinstance(value, kinds):
             raise ValueError(f"{checkpoint['path']} is no checkpoint of ours: its {name} is {value!r}")
     try:

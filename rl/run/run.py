@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rl.args import CommonArgs
 from rl.environments.collector import Collector
-from rl.evaluate import evaluate
+from rl.environments.evaluation import evaluate
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.metrics import name_means
