@@ -410,13 +410,15 @@ def test_what_was_registered_with_atexit_is_done_and_a_profile_is_written(tmp_pa
 
 SLOW_START = """
 import os, runpy, sys, time
-import rl.environments.replay
+from rl.environments.collector import Collector
 
-def restore_slowly(*args, restore=rl.environments.replay.ReplayableEnvs.restore):
-    time.sleep({seconds} if os.environ["RANK"] == "{rank}" else 0)
+def restore_slowly(*args, restore=Collector.restore):
+    if os.environ["RANK"] == "{rank}":
+        print("slow", file=sys.stderr, flush=True)
+        time.sleep({seconds})
     return restore(*args)
 
-rl.environments.replay.ReplayableEnvs.restore = restore_slowly
+Collector.restore = restore_slowly
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -450,7 +452,8 @@ def test_a_process_that_repeats_its_episodes_for_long_is_waited_for_longer_than_
 @pytest.mark.parametrize("to_be_resumed", [TORCH], indirect=True)
 def test_a_process_that_dies_while_another_waits_for_it_to_be_ready_is_named(to_be_resumed, tmp_path):
     def kill(launch):
-        time.sleep(8)  # rank 0 is ready, rank 1 sleeps
+        launch.wait_for("slow")
+        time.sleep(5)  # rank 0 is ready, or will be soon
         os.kill(process_id := launch.rank(1), signal.SIGKILL)
         return process_id
 
