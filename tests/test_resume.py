@@ -147,31 +147,11 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_in_one_line(stopped)
     assert line.startswith(f"error: {newest} cannot be read")
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--env-id", "CartPole-v1"], ["--env-id", "cannot change", "'CarRacing-v3'"]),
-        (["--gamma", "0.5"], ["--gamma", "cannot change", "0.99"]),
-        (["--num-envs", "3"], ["2 environments", "not 3", "--num-envs"]),
-        (["--total-timesteps", "96"], ["complete", "--total-timesteps"]),
-    ],
-)
-def test_a_run_that_cannot_go_on_so_is_refused_in_one_line(stopped, flags, words):
-    finished = run(python(FABRIC, "--resume", str(stopped), *flags), cwd=stopped.parents[2], timeout=30)
+def test_a_run_that_cannot_go_on_so_is_refused_in_one_line(stopped):
+    flags = ["--resume", str(stopped), "--env-id", "CartPole-v1"]
+    finished = run(python(FABRIC, *flags), cwd=stopped.parents[2], timeout=30)
     assert finished.returncode == 1
-    (line,) = finished.output.splitlines()
-    assert line.startswith("error: ")
-    assert all(word in line for word in words), line
-
-
-def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path):
-    for name, content in (("missing.ckpt", None), ("empty.ckpt", b""), ("text.ckpt", b"no checkpoint")):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        finished = run(python(TORCH, "--resume", name), cwd=tmp_path, timeout=30)
-        assert finished.returncode == 1
-        (line,) = finished.output.splitlines()
-        assert line.startswith("error: ") and name in line
+    assert finished.output == "error: --env-id cannot change when a run is resumed: it is 'CarRacing-v3'\n"
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -286,37 +266,17 @@ def edit(folder):
     return folder / TORCH
 
 
-def repack(path, **changes):
-    torch.save(torch.load(path, weights_only=True) | changes, path)
-
-
-def packed(states):
-    return [torch.frombuffer(bytearray(states), dtype=torch.uint8)]
-
-
-OBJECTS = b'[{"seed": 1, "episode": 0, "actions": {"dtype": "|O", "shape": [4]}}]\n' + bytes(64)
-HOSTILE = {
-    "arrays of objects": ({"environments": packed(OBJECTS)}, "damaged (an array of object)"),
-    "no states": ({"environments": packed(b"7")}, "damaged"),
-    "a state without a seed": ({"environments": packed(b'[{"episode": 0}]')}, "damaged"),
-    "a seed that is none": ({"environments": packed(b'[{"seed": "PCG64", "episode": 0}]')}, "damaged"),
-    "fewer environments": ({"environments": packed(b"[]")}, "fewer environments"),
-    "no list of environments": ({"environments": {}}, "something else as environments"),
-    "an agent that is a number": ({"agent": 5}, "something else as agent"),
-    "no weights": ({"agent": {}}, "does not fit"),
-    "an optimizer without groups": ({"optimizer": {}}, "does not fit"),
-    "scalars that are text": ({"scalars": {"Loss/loss": "low"}}, "something else as scalars"),
-    "an update that is text": ({"update": "2"}, "something else as update"),
-    "arguments of another type": ({"args": {"num_envs": "two"}}, "its num_envs is 'two'"),
-    "arguments out of bounds": ({"args": {"gamma": 7.0}}, "--gamma must be"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_checkpoint_is_refused_in_one_line(finished_run, tmp_path, name):
-    changes, words = HOSTILE[name]
-    path = Path(shutil.copy(checkpoint_path(finished_run, 2), tmp_path / "hostile.ckpt"))
-    repack(path, **changes)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        pytest.param({"environments": {}}, "something else as environments", id="before the processes meet"),
+        pytest.param({"agent": {}}, "does not fit", id="afterwards"),
+    ],
+)
+def test_a_hostile_checkpoint_is_refused_in_one_line(finished_run, tmp_path, changes, words):
+    """Many more are refused in tests/test_refused_checkpoints.py."""
+    path = tmp_path / "hostile.ckpt"
+    torch.save(torch.load(checkpoint_path(finished_run, 2), weights_only=True) | changes, path)
     finished = run(python(TORCH, "--resume", str(path), "--num-steps=128"), tmp_path, timeout=60)
     assert finished.returncode == 1
     (line,) = finished.error_lines
