@@ -12,7 +12,7 @@ import tyro
 from moviepy import VideoFileClip
 
 from rl.evaluate import evaluate
-from rl.run.checkpoints import load_agent
+from rl.run.resuming import load_agent
 
 
 @dataclass

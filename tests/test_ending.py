@@ -1,5 +1,6 @@
 """Whatever ends a run: one line says so, no process is left, and what was learnt is on the disk."""
 
+import gc
 import os
 import pstats
 import re
@@ -18,19 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from rl import peers
+from benchmarks.runs import differences, last_checkpoint, run_folders, tensors
 from rl.args import TorchArgs
 from rl.environments.making import make_envs, read_spaces, reset_envs
 from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
-from rl.processes.ranks import leave
-from rl.run.ending import updates
+from rl.run.ending import leave_process_group
 from rl.voice import RunError
 from tests.faulty_env import FaultyEnv
-from tests.launching import ROOT, Running, assert_no_process_is_left, fabric_run, python, run, run_folders, torchrun
+from tests.launching import ROOT, Running, assert_no_process_is_left, fabric_run, python, run, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
 DDP = ("--accelerator=cpu", "--strategy=ddp")
@@ -234,19 +233,12 @@ def assert_one_line_says(finished, pattern):
 
 def newest_checkpoint(cwd):
     (folder,) = run_folders(cwd)
-    return torch.load(max((folder / "checkpoints").glob("*.ckpt")), weights_only=True)
-
-
-def tensors(checkpoint):
-    states = checkpoint["optimizer"]["state"].items()
-    return checkpoint["agent"] | {(index, key): value for index, state in states for key, value in state.items()}
+    return last_checkpoint(folder)
 
 
 def assert_equal_weights(actual, expected):
     assert actual["update"] == expected["update"]
-    actual, expected = tensors(actual), tensors(expected)
-    assert actual.keys() == expected.keys()
-    assert [key for key in expected if not torch.equal(actual[key], expected[key])] == []
+    assert differences(actual, expected) == []
 
 
 def update_in(line):
@@ -365,18 +357,16 @@ def test_a_run_survives_what_happens_to_its_files_in_the_meantime(finished, name
     assert newest_checkpoint(launch.cwd)["update"] == UPDATES
 
 
-def test_what_was_there_before_the_first_update_is_let_go_when_the_process_leaves(monkeypatch):
-    monkeypatch.setattr(peers, "_peers", None)  # another test may have met others in this process
-
+def test_what_was_there_before_the_first_update_is_let_go_when_the_process_leaves():
     class Module:
         """Sits in a reference cycle, as DistributedDataParallel does."""
 
     module = Module()
     module.itself = module
     alive = weakref.ref(module)
-    next(updates(0, 1))
+    gc.freeze()  # as before the first update
     del module
-    leave()
+    leave_process_group()
     assert alive() is None
 
 

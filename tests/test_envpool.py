@@ -10,12 +10,13 @@ import pytest
 import torch
 from gymnasium.envs.classic_control import CartPoleEnv, PendulumEnv
 
+from benchmarks.runs import run_folders, scalars
 from rl.args import CommonArgs
 from rl.environments.making import check_backend, make_envs, read_spaces, reset_envs
 from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
-from tests.launching import ROOT, python, run, run_folders, scalars, torchrun
+from tests.launching import ROOT, python, run, torchrun
 
 REASON = "EnvPool is optional: requirements-envpool.txt"
 BALANCED, FALLING = range(3), range(3, 6)  # environments: some are balanced to the time limit, the others are not

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.launching import fabric_run, python, run, scalars, torchrun
+from benchmarks.runs import differences, last_checkpoint, run_folders, scalars, tensors
+from tests.launching import fabric_run, python, run, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
 FLAGS = ["--total-timesteps", "768", "--num-steps", "256", "--num-envs", "2", "--update-epochs", "3", "--ortho-init"]
@@ -53,13 +53,10 @@ class Run:
     """What a run of a script left behind."""
 
     def __init__(self, folder: Path) -> None:
-        (self.folder,) = folder.glob("logs/*/*")
-        checkpoint = max(self.folder.glob("checkpoints/update_*.ckpt"))
-        self.checkpoint: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        self.tensors = {f"agent {key}": value for key, value in self.checkpoint["agent"].items()}
-        for parameter, state in self.checkpoint["optimizer"]["state"].items():
-            self.tensors |= {f"optimizer {parameter} {key}": value for key, value in state.items()}
-        self.logged = {tag: points for tag, points in scalars(self.folder).items() if not tag.startswith("Time/")}
+        (self.folder,) = run_folders(folder)
+        self.checkpoint = last_checkpoint(self.folder)
+        self.tensors = tensors(self.checkpoint)
+        self.logged = scalars(self.folder, times=False)
 
 
 def launch(command: Callable[..., list[str]], folder: Path, *flags: str) -> Run:
@@ -88,10 +85,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def assert_bit_equal(run: Run, other: Run) -> None:
-    assert run.tensors.keys() == other.tensors.keys()
-    different = [name for name, tensor in run.tensors.items() if not torch.equal(tensor, other.tensors[name])]
-    assert not different
-    assert run.checkpoint["optimizer"]["param_groups"] == other.checkpoint["optimizer"]["param_groups"]
+    assert differences(run.checkpoint, other.checkpoint) == []
     assert run.logged == other.logged
 
 

@@ -15,10 +15,11 @@ import torch
 
 import rl.evaluate
 import rl.export
+from benchmarks.runs import run_folders
 from rl.ppo.distributions import draw_action_noise
-from rl.run.checkpoints import load_agent
+from rl.run.resuming import load_agent
 from rl.seeding import Purpose, stream_seed
-from tests.launching import ROOT, python, run, run_folders
+from tests.launching import ROOT, python, run
 
 EPISODES, SEED = 5, 10_000
 LAST_LINE = re.compile(r"mean_return=(-?\d+\.\d\d) std_return=(\d+\.\d\d) episodes=(\d+)")

@@ -10,17 +10,9 @@ from typing import NamedTuple
 import imageio.v3 as iio
 import pytest
 
+from benchmarks.runs import run_folders, scalars
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
-from tests.launching import (
-    assert_no_process_is_left,
-    fabric_run,
-    hyperparameters,
-    python,
-    run,
-    run_folders,
-    scalars,
-    torchrun,
-)
+from tests.launching import assert_no_process_is_left, fabric_run, hyperparameters, python, run, torchrun
 
 TIMEOUT = 120
 SEED = 7
