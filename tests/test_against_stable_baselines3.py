@@ -5,10 +5,9 @@ seeds of the environments, action noise, order of the rows. All else (rollouts, 
 clipping, Adam) each computes for itself. Where conventions differ, a comment below says what the common ground is.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -25,7 +24,9 @@ from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
 from rl.ppo.gae import generalized_advantage_estimation
-from rl.processes.ranks import leave
+from rl.run import checkpoints
+from rl.run import run as run_module
+from rl.run.ending import Ending, leave_process_group
 from rl.seeding import Purpose, episode_seed, stream, stream_seed
 
 sb3 = pytest.importorskip("stable_baselines3", reason="needs stable-baselines3: pip install -r requirements-dev.txt")
@@ -162,12 +163,15 @@ def run_script(monkeypatch, tmp_path):
         monkeypatch.setattr(train_torch, "SummaryWriter", lambda run_folder, **_: logger)
         monkeypatch.setattr(train_torch, "Agent", lambda *spaces_and_args: agent)
         monkeypatch.chdir(tmp_path)
-        with patch.dict(os.environ):  # the script sets the launcher's variables
-            train_torch.main(args)
+        for module in (checkpoints, run_module):
+            monkeypatch.setattr(module, "ending", ending)
+        train_torch.main(args)
         return {call.args[0]: call.args[1] for call in logger.add_scalar.call_args_list}
 
+    ending = Ending()
     yield run
-    leave()
+    ending.closing.close()
+    leave_process_group()
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
