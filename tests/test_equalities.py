@@ -33,7 +33,7 @@ ENVIRONMENTS = {
     "CarRacing-v3": [*FLAGS, *SHORT_RACE, "--per-rank-batch-size", "16", "--hidden-sizes", "32"],
 }
 THOROUGH = "LunarLander-v3"  # all launches
-COSTLY = ("torch 2", "fabric 2", "decoupled 2", "decoupled 2 again")
+COSTLY = ("torch 1 again", "torch 2", "fabric 2", "decoupled 2", "decoupled 2 again")
 DDP = ("--accelerator=cpu", "--strategy=ddp")
 LAUNCHES = {
     "torch 1": partial(python, TORCH),
@@ -117,7 +117,7 @@ def test_e2_one_trainer_that_shares_data_equals_one_coupled_process_bit_for_bit(
     assert_bit_equal(runs["torch 1"], runs["decoupled 1 shared"])
 
 
-@in_environments(*ENVIRONMENTS)
+@in_environments(THOROUGH)
 def test_e6_the_same_command_twice_is_equal_bit_for_bit(runs):
     assert_bit_equal(runs["torch 1"], runs["torch 1 again"])
 
