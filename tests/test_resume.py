@@ -40,7 +40,7 @@ CASES = {
 
 def start(command, flags, cwd):
     cwd.mkdir(exist_ok=True)
-    finished = run(command(*flags), cwd=cwd, timeout=120)
+    finished = run(command(*flags), cwd=cwd, timeout=300)  # to compile takes long on a busy machine
     assert finished.returncode == 0, finished.output
     (folder,) = run_folders(cwd)
     return folder
