@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 from moviepy import VideoFileClip
 
-from rl.evaluate import evaluate
+from rl.environments.evaluation import evaluate
 from rl.run.resuming import load_agent
 
 
