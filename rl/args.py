@@ -4,10 +4,11 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_type_hints
 
 import tyro
 
@@ -20,52 +21,135 @@ COMPILING_TOGETHER, SAVED_TOGETHER = 11.0, 1.0e-3
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric run`, those that train_fabric.py follows
 
 
-@dataclass
-class RunArgs:
-    """How long is trained, and what is left behind."""
+class Bound(NamedTuple):
+    """What the value of a flag must be; a value of None stands for a default and is within every bound."""
 
+    holds: Callable[[Any], bool]
+    words: str
+
+
+AT_LEAST_ONE = Bound(lambda x: x >= 1, "at least 1")
+ALL_AT_LEAST_ONE = Bound(lambda sizes: all(x >= 1 for x in sizes), "sizes of at least 1")
+ABOVE_ZERO = Bound(lambda x: 0 < x < math.inf, "a finite number above 0")
+AT_LEAST_ZERO = Bound(lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+NAME = Bound(lambda x: bool(re.fullmatch(r"[\w.-]+", x)), "letters, digits, '.', '_' and '-' only")
+SHORT = Bound(lambda x: len(x.encode()) <= 100, "at most 100 bytes long")  # a file's name has at most 255
+FRACTION = Bound(lambda x: 0 <= x <= 1, "between 0 and 1")
+
+
+@dataclass
+class CommonArgs:
+    """The arguments that all three scripts share."""
+
+    # How long is trained, and what is left behind
     preset: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(sorted(PRESETS))}}}")] = None
     """Flags tuned for an environment and one process (rl/presets.py); what else is given wins."""
-    total_timesteps: int = 98_304
+    total_timesteps: Annotated[int, AT_LEAST_ONE] = 98_304
     """Environment steps in the whole run, over all environments of all processes."""
-    seed: int = 42
+    seed: Annotated[int, Bound(lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1")] = 42
     """Every random number of the run derives from it."""
-    exp_name: str = "ppo"
+    exp_name: Annotated[str, NAME, SHORT] = "ppo"
     """Name of the experiment, part of the name of the run's folder."""
     capture_video: bool = False
     """Record episodes into train_videos/ and test_videos/ inside the run's folder."""
-    test_episodes: int = 10
+    test_episodes: Annotated[int, AT_LEAST_ONE] = 10
     """Greedy episodes after training; their mean return is logged."""
-    max_test_steps: int = 27_000
+    max_test_steps: Annotated[int, AT_LEAST_ONE] = 27_000
     """Steps after which a test episode that has not ended is cut."""
-    checkpoint_every: int = 1
-    """Updates between two checkpoints on the disk; however the run ends, that of the last update is written, too."""
-    keep_checkpoints: int = 2
-    """The newest so many checkpoints stay in the run's folder."""
-    resume: str | None = None
+    checkpoint_every: Annotated[int, AT_LEAST_ONE] = 1
+    """Write a checkpoint after every N-th update. The end of the run writes one in any case."""
+    keep_checkpoints: Annotated[int, AT_LEAST_ONE] = 2
+    """Keep the N newest checkpoints in the run's folder and delete the older ones."""
+    resume: Annotated[str | None, Bound(bool, "a run's folder or one of its checkpoints")] = None
     """Go on with a run: its folder, or one of its checkpoints. The other flags are those of the run."""
-    timeout: float = 60.0
+    timeout: Annotated[float, Bound(lambda x: 0 < x <= 1e6, "above 0 and at most 1e6")] = 60.0
     """Seconds that a process waits for another before the run ends; more than a rollout takes."""
 
-
-@dataclass
-class EnvironmentArgs:
-    """Which environment, and how it is run."""
-
+    # Which environment, and how it is run
     env_id: str = "CartPole-v1"
     """Gymnasium id of the environment."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment, as key=value pairs or JSON: gravity=-5 or '{"gravity": -5}'."""
     env_backend: Literal["gymnasium", "envpool"] = "gymnasium"
     """Who runs the environments of the training; EnvPool is faster for those it has (requirements-envpool.txt)."""
-    env_threads: int = 1
+    env_threads: Annotated[int, AT_LEAST_ONE] = 1
     """Threads in which EnvPool steps the environments of a process."""
-    num_envs: int = 4
+    num_envs: Annotated[int, AT_LEAST_ONE] = 4
     """Environments of each process that runs environments."""
     normalize_observations: bool = False
     """Shift and scale observations by their mean and variance so far, over all ranks; images stay as they are."""
     normalize_rewards: bool = False
     """Divide rewards by the standard deviation of the discounted return so far, over all ranks."""
+
+    # How much experience an update takes, and how it is cut into minibatches
+    num_steps: Annotated[int, AT_LEAST_ONE] = 1024
+    """Environment steps gathered before each update, over all environments of all processes."""
+    per_rank_batch_size: Annotated[int, AT_LEAST_ONE] = 64
+    """Rows of a minibatch, for each process that optimizes and each gradient step."""
+    update_epochs: Annotated[int, AT_LEAST_ONE] = 10
+    """Passes over the gathered data in each update."""
+    share_data: bool = False
+    """Every process that optimizes receives all data and trains on a part drawn anew in each epoch."""
+    compile: Annotated[bool | None, tyro.conf.arg(metavar="| --no-compile")] = None
+    """Compile the gradient step, several times faster after some seconds; by default if the run is long enough."""
+
+    # The networks of the policy and of the value function
+    hidden_sizes: Annotated[tuple[int, ...], Bound(lambda sizes: all(x >= 1 for x in sizes), "sizes of at least 1")] = (
+        64,
+        64,
+    )
+    """Units of each hidden layer."""
+    activation_function: Literal["relu", "tanh"] = "relu"
+    """Activation of the hidden layers."""
+    ortho_init: bool = False
+    """Initialise the layers orthogonally instead of with PyTorch's defaults."""
+
+    # Proximal Policy Optimization (Schulman et al. 2017)
+    learning_rate: Annotated[float, ABOVE_ZERO] = 1e-3
+    """Learning rate of Adam."""
+    anneal_lr: bool = True
+    """Lower the learning rate linearly, to zero at the end of the run."""
+    gamma: Annotated[float, FRACTION] = 0.999
+    """Discount factor of the rewards."""
+    gae_lambda: Annotated[float, FRACTION] = 0.98
+    """Lambda of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
+    clip_coef: Annotated[float, ABOVE_ZERO] = 0.2
+    """Epsilon of the surrogate objective: how far the probability ratio may leave 1."""
+    clip_vloss: bool = False
+    """Use the larger of the clipped and the unclipped squared error of the values."""
+    ent_coef: Annotated[float, AT_LEAST_ZERO] = 0.0
+    """Weight of the entropy bonus in the loss."""
+    vf_coef: Annotated[float, AT_LEAST_ZERO] = 0.5
+    """Weight of the value loss in the loss."""
+    max_grad_norm: Annotated[float, ABOVE_ZERO] = 0.5
+    """Norm to which larger gradients are clipped."""
+    normalize_advantages: bool = True
+    """Normalise the advantages of each update over all ranks."""
+    target_kl: Annotated[float | None, ABOVE_ZERO] = None
+    """End an update after the epoch in which the approximate KL divergence, over all ranks, exceeds this."""
+    noise_correlation: Annotated[float, Bound(lambda x: 0 <= x < 1, "at least 0 and below 1")] = 0.0
+    """Correlation of a continuous action's noise with that of the step before: noise that lasts explores further."""
+
+    log_root: ClassVar[Path]
+
+    def check(self) -> None:
+        """Check the bounds of every flag.
+
+        Raises:
+            ValueError: with one line that names the flag, its bounds and the value.
+        """
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            for bound in getattr(kind, "__metadata__", ()):
+                value = getattr(self, name)
+                if isinstance(bound, Bound) and value is not None and not bound.holds(value):
+                    raise ValueError(f"--{name.replace('_', '-')} must be {bound.words}, got {value!r}")
+        self.env_arguments()
+        if self.capture_video and self.env_backend == "envpool":
+            raise ValueError("--capture-video goes with --env-backend gymnasium: EnvPool draws no pictures")
+        if self.env_threads > 1 and self.env_backend == "gymnasium":
+            raise ValueError(
+                "--env-threads goes with --env-backend envpool: Gymnasium's environments step in one thread"
+            )
 
     def env_arguments(self) -> dict[str, Any]:
         """Return the arguments of the environment that `env_kwargs` names.
@@ -84,115 +168,6 @@ class EnvironmentArgs:
             except ValueError:
                 raise ValueError(f"--env-kwargs takes key=value pairs or a JSON object, got {text!r}") from None
         return arguments
-
-
-@dataclass
-class DataArgs:
-    """How much experience an update takes, and how it is cut into minibatches."""
-
-    num_steps: int = 1024
-    """Environment steps gathered before each update, over all environments of all processes."""
-    per_rank_batch_size: int = 64
-    """Rows of a minibatch, for each process that optimizes and each gradient step."""
-    update_epochs: int = 10
-    """Passes over the gathered data in each update."""
-    share_data: bool = False
-    """Every process that optimizes receives all data and trains on a part drawn anew in each epoch."""
-    compile: Annotated[bool | None, tyro.conf.arg(metavar="| --no-compile")] = None
-    """Compile the gradient step, several times faster after some seconds; by default if the run is long enough."""
-
-
-@dataclass
-class NetworkArgs:
-    """The policy's and the value function's networks."""
-
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """Units of each hidden layer."""
-    activation_function: Literal["relu", "tanh"] = "relu"
-    """Activation of the hidden layers."""
-    ortho_init: bool = False
-    """Initialise the layers orthogonally instead of with PyTorch's defaults."""
-
-
-@dataclass
-class PPOArgs:
-    """Proximal Policy Optimization (Schulman et al. 2017)."""
-
-    learning_rate: float = 1e-3
-    """Learning rate of Adam."""
-    anneal_lr: bool = True
-    """Lower the learning rate linearly, to zero at the end of the run."""
-    gamma: float = 0.999
-    """Discount factor of the rewards."""
-    gae_lambda: float = 0.98
-    """Lambda of generalized advantage estimation: 0 trusts the value function, 1 the returns."""
-    clip_coef: float = 0.2
-    """Epsilon of the surrogate objective: how far the probability ratio may leave 1."""
-    clip_vloss: bool = False
-    """Use the larger of the clipped and the unclipped squared error of the values."""
-    ent_coef: float = 0.0
-    """Weight of the entropy bonus in the loss."""
-    vf_coef: float = 0.5
-    """Weight of the value loss in the loss."""
-    max_grad_norm: float = 0.5
-    """Norm to which larger gradients are clipped."""
-    normalize_advantages: bool = True
-    """Normalise the advantages of each update over all ranks."""
-    target_kl: float | None = None
-    """End an update after the epoch in which the approximate KL divergence, over all ranks, exceeds this."""
-    noise_correlation: float = 0.0
-    """Correlation of a continuous action's noise with that of the step before: noise that lasts explores further."""
-
-
-@dataclass
-class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
-    """The arguments that all three scripts share."""
-
-    log_root: ClassVar[Path]
-
-    def __post_init__(self) -> None:
-        """Check the bounds of every flag.
-
-        Raises:
-            ValueError: with one line that names the flag, its bounds and the value.
-        """
-        for names, holds, bounds in (
-            (
-                ("num_envs", "env_threads", "num_steps", "per_rank_batch_size", "update_epochs"),
-                lambda x: x >= 1,
-                "at least 1",
-            ),
-            (
-                ("total_timesteps", "test_episodes", "max_test_steps", "checkpoint_every", "keep_checkpoints"),
-                lambda x: x >= 1,
-                "at least 1",
-            ),
-            (("hidden_sizes",), lambda sizes: all(x >= 1 for x in sizes), "sizes of at least 1"),
-            (("target_kl",), lambda x: x is None or 0 < x < math.inf, "a finite number above 0"),
-            (("seed",), lambda x: 0 <= x < 2**32, "between 0 and 2**32 - 1"),
-            (("gamma", "gae_lambda"), lambda x: 0 <= x <= 1, "between 0 and 1"),
-            (("noise_correlation",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
-            (
-                ("learning_rate", "clip_coef", "max_grad_norm"),
-                lambda x: 0 < x < math.inf,
-                "a finite number above 0",
-            ),
-            (("timeout",), lambda x: 0 < x <= 1e6, "above 0 and at most 1e6"),  # a timedelta overflows later
-            (("ent_coef", "vf_coef"), lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
-            (("exp_name",), lambda x: re.fullmatch(r"[\w.-]+", x), "letters, digits, '.', '_' and '-' only"),
-            (("exp_name",), lambda x: len(x.encode()) <= 100, "at most 100 bytes long"),  # a file's name has 255
-            (("resume",), lambda x: x != "", "a run's folder or one of its checkpoints"),
-        ):
-            for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {getattr(self, name)!r}")
-        self.env_arguments()
-        if self.capture_video and self.env_backend == "envpool":
-            raise ValueError("--capture-video goes with --env-backend gymnasium: EnvPool draws no pictures")
-        if self.env_threads > 1 and self.env_backend == "gymnasium":
-            raise ValueError(
-                "--env-threads goes with --env-backend envpool: Gymnasium's environments step in one thread"
-            )
 
     def check_processes(self, world_size: int) -> None:
         """Check what depends on the number of processes.
@@ -262,16 +237,11 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
 
 
 @dataclass
-class DeviceArgs:
-    """Where the networks are trained."""
+class TorchArgs(CommonArgs):
+    """PPO in raw PyTorch with DistributedDataParallel."""
 
     cuda: bool = False
     """Train on GPUs."""
-
-
-@dataclass
-class TorchArgs(DeviceArgs, CommonArgs):
-    """PPO in raw PyTorch with DistributedDataParallel."""
 
     log_root: ClassVar[Path] = Path("logs/torch_logs")
 
@@ -305,28 +275,25 @@ class FabricArgs(CommonArgs):
 
 
 @dataclass
-class PlayerArgs:
-    """Where and when the player acts."""
+class DecoupledArgs(CommonArgs):
+    """PPO with Lightning Fabric, one player that runs the environments and N trainers that optimize."""
 
+    cuda: bool = False
+    """Train on GPUs."""
     player_on_gpu: bool = False
     """Let the player act on a GPU too (with --cuda)."""
     overlap: bool = False
     """Collect the next rollout while the trainers optimize, with weights that are one update old."""
 
-
-@dataclass
-class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
-    """PPO with Lightning Fabric, one player that runs the environments and N trainers that optimize."""
-
     log_root: ClassVar[Path] = Path("logs/fabric_decoupled_logs")
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Check the bounds of every flag.
 
         Raises:
             ValueError: with one line that names the flag, its bounds and the value.
         """
-        super().__post_init__()
+        super().check()
         if self.player_on_gpu and not self.cuda:
             raise ValueError("--player-on-gpu needs --cuda: without it nothing runs on a GPU")
 

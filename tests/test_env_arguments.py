@@ -54,7 +54,7 @@ def test_pairs_and_json_stand_together_and_the_later_one_counts():
 @pytest.mark.parametrize("text", ["g", "[1]", "{g: 9}", '{"g": 9', "{'g': 9}", "", '{"g": 9} {"h": 1}'])
 def test_what_is_neither_a_pair_nor_an_object_is_answered_by_one_line(text):
     with pytest.raises(ValueError) as error:
-        CommonArgs(env_kwargs=(text,))
+        CommonArgs(env_kwargs=(text,)).check()
     assert str(error.value) == f"--env-kwargs takes key=value pairs or a JSON object, got {text!r}"
 
 

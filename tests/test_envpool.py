@@ -207,7 +207,7 @@ def test_a_missing_envpool_is_answered_by_one_line_that_names_the_requirements(m
 
 def test_videos_go_with_gymnasium_only():
     with pytest.raises(ValueError, match=r"^--capture-video goes with --env-backend gymnasium: EnvPool draws no"):
-        CommonArgs(env_backend="envpool", capture_video=True)
+        CommonArgs(env_backend="envpool", capture_video=True).check()
 
 
 FOR_CERTAIN = ["CartPole-v1", "Pendulum-v1", "LunarLander-v3"]
@@ -260,5 +260,5 @@ def test_new_episodes_after_a_resume_are_not_those_of_the_start():
 
 def test_threads_are_for_envpool():
     with pytest.raises(ValueError, match=r"^--env-threads goes with --env-backend envpool"):
-        CommonArgs(env_threads=2)
-    assert CommonArgs(env_threads=2, env_backend="envpool").env_threads == 2
+        CommonArgs(env_threads=2).check()
+    CommonArgs(env_threads=2, env_backend="envpool").check()

@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from rl.args import EnvironmentArgs
+from rl.args import CommonArgs
 from rl.environments.replay import MARKS
 from rl.seeding import episode_seed
 from rl.spaces import stored_space
@@ -29,9 +29,7 @@ class EnvPoolEnvs(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (so declared by Gymnasium)
 
-    def __init__(
-        self, args: EnvironmentArgs, num_envs: int, observation_space: gym.Space, action_space: gym.Space
-    ) -> None:
+    def __init__(self, args: CommonArgs, num_envs: int, observation_space: gym.Space, action_space: gym.Space) -> None:
         self.env_id, self.num_threads = args.env_id, args.env_threads
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = observation_space, action_space
@@ -107,7 +105,7 @@ class EnvPoolEnvs(VectorEnv):
         self.pool.close()
 
 
-def check_envpool(args: EnvironmentArgs, observation_space: gym.Space, action_space: gym.Space) -> None:
+def check_envpool(args: CommonArgs, observation_space: gym.Space, action_space: gym.Space) -> None:
     """Check that EnvPool runs the same environment as Gymnasium.
 
     Raises:

@@ -15,7 +15,7 @@ from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DeprecatedEnv, UnregisteredEnv, VersionNotFound
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 
-from rl.args import CommonArgs, EnvironmentArgs
+from rl.args import CommonArgs
 from rl.environments.replay import ReplayableEnv, ReplayableEnvs
 from rl.seeding import Purpose, stream_seed
 from rl.spaces import check_action_space, is_image, observation_parts
@@ -48,7 +48,7 @@ def resolve_env_id(env_id: str) -> str:
     return env_id
 
 
-def read_spaces(args: EnvironmentArgs) -> tuple[gym.Space, gym.Space]:
+def read_spaces(args: CommonArgs) -> tuple[gym.Space, gym.Space]:
     """Return the observation space and the action space of the environment, which is made once to be asked.
 
     Raises:
@@ -74,7 +74,7 @@ def _read_spaces(env_id: str, env_kwargs: tuple[str, ...]) -> tuple[gym.Space, g
     return observation_space, action_space
 
 
-def check_backend(args: EnvironmentArgs, observation_space: gym.Space, action_space: gym.Space) -> None:
+def check_backend(args: CommonArgs, observation_space: gym.Space, action_space: gym.Space) -> None:
     """Check that the backend has the environment.
 
     Raises:
@@ -89,7 +89,7 @@ def check_backend(args: EnvironmentArgs, observation_space: gym.Space, action_sp
     check_envpool(args, observation_space, action_space)
 
 
-def check_video(args: EnvironmentArgs) -> None:
+def check_video(args: CommonArgs) -> None:
     """Check that episodes can be recorded.
 
     Raises:
@@ -127,13 +127,13 @@ def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env
     return record
 
 
-def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> "Envs":
+def make_envs(args: CommonArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> "Envs":
     """Make environments that step together, with episode statistics; observations are images, or flat.
 
     Gymnasium's can be put back exactly where they were, EnvPool's begin new episodes instead.
 
     Args:
-        args: all of `EnvironmentArgs` but `num_envs`.
+        args: all of `CommonArgs` but `num_envs`.
         num_envs: number of environments.
         record: wraps the first environment to record it. The others never render: in LunarLander a render mode
             alone makes every step three times slower.
@@ -192,7 +192,7 @@ def _free_name(folder: Path, name: str) -> str:
     return next(free for free in names if not any(folder.glob(f"{free}-episode-*")))
 
 
-def _make(args: EnvironmentArgs, **kwargs: Any) -> gym.Env:
+def _make(args: CommonArgs, **kwargs: Any) -> gym.Env:
     """Make one environment; Atari's is given the customary preprocessing (Machado et al. 2018)."""
     kwargs = args.env_arguments() | kwargs
     if not args.env_id.startswith("ALE/"):

@@ -5,11 +5,10 @@ import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict, field, fields, make_dataclass, replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 import tyro
 from gymnasium.spaces import Box, Space
@@ -68,7 +67,8 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     end_with_launcher()
     keep_streams()
     try:
-        args = script_args(**_parse_groups(script_args, argv, _defaults(script_args, argv)))
+        args = _parse_flags(script_args, argv, _defaults(script_args, argv))
+        args.check()
         before = run_before_restart()
         if before is not None and any(before.glob("checkpoints/*.ckpt")):
             args = _resumed(script_args, argv, before, world_size, restarted=True)
@@ -113,11 +113,6 @@ def _defaults(script_args: type[Args], argv: list[str] | None) -> Args:
         perhaps = f": perhaps {nearest[0]}?" if nearest else "."
         raise ValueError(f"there is no preset {name!r}{perhaps} There are {', '.join(sorted(PRESETS))}")
     return script_args(**PRESETS[name].flags)
-
-
-def _part(group: type, args: CommonArgs) -> Any:
-    """Return what `args` holds of the arguments of a group."""
-    return group(**{part.name: getattr(args, part.name) for part in fields(group)})
 
 
 def _check_memory(args: CommonArgs, observation_space: Space, processes_here: int) -> None:
@@ -171,7 +166,8 @@ def _resumed(
     checkpoint = load_checkpoint(run_or_checkpoint)
     known = {field.name for field in fields(script_args)}
     before = run_args(checkpoint, script_args)
-    args = script_args(**_parse_groups(script_args, argv, before))
+    args = _parse_flags(script_args, argv, before)
+    args.check()
     args = replace(args, env_id=resolve_env_id(args.env_id))  # as it was when the run began
     for name in known - CHANGEABLE:
         if getattr(args, name) != getattr(before, name):
@@ -196,26 +192,24 @@ def _resumed(
     return replace(args, resume=str(checkpoint["path"]))
 
 
-def _parse_groups(script_args: type[Args], argv: list[str] | None, defaults: Args) -> dict[str, Any]:
-    """Parse the flags; each root class of `script_args` is a group of the help."""
-    groups = [base for base in reversed(script_args.__mro__) if base.__bases__ == (object,)]
-    named = [
-        (group.__name__.removesuffix("Args").lower(), group, field(default_factory=partial(_part, group, defaults)))
-        for group in groups
-    ]
+def _parse_flags(script_args: type[Args], argv: list[str] | None, defaults: Args) -> Args:
+    """Parse the flags.
+
+    Raises:
+        SystemExit: on `--help`, or if a flag is unknown or its value has another type.
+    """
     try:
-        parsed = tyro.cli(
-            make_dataclass("Grouped", named),
+        return tyro.cli(
+            script_args,
             args=_words(script_args, argv),
+            default=defaults,
             description=script_args.__doc__,
-            config=(tyro.conf.OmitArgPrefixes,),
             console_outputs=is_rank_zero(),
             registry=WHOLE_NUMBERS,
         )
     except SystemExit:
         wait_for_rank_zero()
         raise
-    return {name: value for group in asdict(parsed).values() for name, value in group.items()}
 
 
 def parse_options(options: type[Options]) -> Options:

@@ -104,7 +104,9 @@ def run_args(checkpoint: dict[str, Any], script_args: type[Args]) -> Args:
         if not isinstance(value, kinds):
             raise ValueError(f"{checkpoint['path']} is no checkpoint of ours: its {name} is {value!r}")
     try:
-        return script_args(**known)
+        args = script_args(**known)
+        args.check()
+        return args
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{checkpoint['path']} is no checkpoint of ours: {error}") from None
 
