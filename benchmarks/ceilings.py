@@ -31,7 +31,6 @@ from rl.fast.policy import make_policy
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
 from rl.processes.placement import keep_to_own_cores
-from rl.processes.ranks import read_ranks
 
 ROUNDS = 40
 
@@ -71,9 +70,11 @@ def main(options: Options) -> None:
     rollout = torch.zeros(ROLLOUT_LENGTH, *observations.shape)
     actions = agent.distribution.empty_actions(*rollout.shape[:2])
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
-    minibatch = random_minibatch(agent, observation_space, options.minibatch_size)
+    minibatch = random_minibatch(agent, options.minibatch_size)
     shown = make_gradient_step(agent, optimizer, args)
-    step = compile_gradient_step(shown, agent, optimizer, args, [minibatch], lambda tensor: tensor, world_size=1)
+    step = compile_gradient_step(
+        shown, agent, optimizer, args, options.minibatch_size, lambda tensor: tensor, world_size=1
+    )
     parts: dict[str, tuple[Callable[[int], object], int]] = {  # and how often an update calls them
         "gymnasium": (lambda t: gymnasiums.step(random_actions[t]), ROLLOUT_LENGTH),
         "ours": (lambda t: ours.step(random_actions[t]), ROLLOUT_LENGTH),
@@ -83,7 +84,7 @@ def main(options: Options) -> None:
     }
     if distributed := "RANK" in os.environ:
         dist.init_process_group("gloo")
-        keep_to_own_cores(read_ranks())
+        keep_to_own_cores()
         weights = torch.zeros(sum(parameter.numel() for parameter in agent.parameters()))
         # After a gradient step, because a process that waits meanwhile takes longer to wake than one that is busy.
         parts["gradient, all_reduce"] = (

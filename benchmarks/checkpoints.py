@@ -19,7 +19,8 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from benchmarks.raw import keep
 from rl.args import CommonArgs
-from rl.environments.making import make_envs, read_spaces, reset_envs
+from rl.environments.collector import Collector
+from rl.environments.making import read_spaces, reset_envs
 from rl.ppo.agent import Agent
 from rl.run.checkpoints import Checkpoints
 
@@ -54,7 +55,8 @@ def main() -> None:
     raw = []
     for env_id in ENV_IDS:
         args = CommonArgs(env_id=env_id, num_envs=8, total_timesteps=REPEATS * CommonArgs.num_steps)
-        envs, plain = make_envs(args, args.num_envs), forgetful_envs(args)
+        collector, plain = Collector(args, rank=0, world_size=1), forgetful_envs(args)
+        envs = collector.envs
         envs.action_space.seed(0)
         actions = np.array([envs.action_space.sample() for _ in range(STEPS)])
         pairs = np.array([(seconds_for(envs, actions), seconds_for(plain, actions)) for _ in range(REPEATS)])
@@ -70,11 +72,11 @@ def main() -> None:
             envs.step(step_actions)
         seconds = []
         with TemporaryDirectory(dir=".") as folder:
-            checkpoints = Checkpoints(Path(folder), args, envs, gather=None)
+            checkpoints = Checkpoints(Path(folder), args, gather=None)
             for update in range(1, REPEATS + 1):
                 start = time.perf_counter()
                 envs.mark(update)
-                checkpoints.add(update, agent.state_dict(), optimizer, {})
+                checkpoints.add(update, agent.state_dict(), optimizer, {}, collector)
                 seconds.append(time.perf_counter() - start)
             kilobytes = max(path.stat().st_size for path in Path(folder).glob("*/*.ckpt")) / 1000
         figures = (f"{microseconds:.2f}", f"{percent:.1f}", f"{kilobytes:.0f}", f"{1000 * median(seconds):.1f}")

@@ -53,9 +53,9 @@ def make_gradient_step(agent: Agent, optimizer: torch.optim.Optimizer, args: Com
     return gradient_step
 
 
-def random_minibatch(agent: Agent, observation_space: Box, rows: int) -> Batch:
+def random_minibatch(agent: Agent, rows: int) -> Batch:
     """Return rows of random numbers."""
-    zeros = Batch.zeros(rows, observation_space, agent.distribution)
+    zeros = Batch.zeros(rows, agent)
     batch = Batch(*(torch.randn_like(field) if field.is_floating_point() else field for field in zeros))
     return batch._replace(log_probs=agent(batch.observations, batch.actions)[0].detach())
 
@@ -78,16 +78,17 @@ def main() -> None:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    keep_to_own_cores(ranks)
-    args, space = CommonArgs(), Box(-1, 1, (8,))
+    keep_to_own_cores()
     rows_of_table = []
     for rows in ROWS:
-        agent = Agent(space, Discrete(4), args)
+        args = CommonArgs(per_rank_batch_size=rows)
+        agent = Agent(Box(-1, 1, (8,)), Discrete(4), args)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-        shown, minibatch = make_gradient_step(agent, optimizer, args), random_minibatch(agent, space, rows)
+        shown, minibatch = make_gradient_step(agent, optimizer, args), random_minibatch(agent, rows)
         eager = seconds(lambda: shown(minibatch, rows))  # noqa: B023 (called at once)
         start = time.perf_counter()
-        step = compile_gradient_step(shown, agent, optimizer, args, [minibatch], sum_over_ranks, ranks.world_size)
+        num_rows = rows * ranks.world_size
+        step = compile_gradient_step(shown, agent, optimizer, args, num_rows, sum_over_ranks, ranks.world_size)
         compiling = time.perf_counter() - start
         step(minibatch, rows)
         if not isinstance(step, ProvenStep) or not step.is_proven:

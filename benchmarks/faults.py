@@ -31,15 +31,13 @@ from pathlib import Path
 from statistics import median
 from threading import Thread
 from typing import Any, NamedTuple
-from uuid import uuid4
 
-import torch
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
 from benchmarks.dying import MOMENTS
-from benchmarks.launches import BIN, environment, find_rank, free_port, kill_all, left_after
+from benchmarks.launches import BIN, free_port, launched
+from benchmarks.runs import checkpoint_path, differences, last_checkpoint, run_folders, scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -196,53 +194,35 @@ def launch(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    mark = uuid4().hex
-    killed_at, restarted_at, left, lines = None, [], [], []
+    variables = {"PET_MAX_RESTARTS": "3"} | variables  # not every launcher has a flag for the number of restarts
+    killed_at, restarted_at, lines = None, [], []
     deadline = time.monotonic() + TIMEOUT
-    with (
-        (folder / "stdout.txt").open("w") as stdout,
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            # Not every launcher has a flag for the number of restarts.
-            env=environment(mark, {"PET_MAX_RESTARTS": "3"} | variables),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as launcher,
-    ):
-        reader = Thread(target=lambda: lines.extend((time.monotonic(), line) for line in launcher.stderr))
+    with (folder / "stdout.txt").open("w") as out, launched(command, folder, variables, out, subprocess.PIPE) as ours:
+
+        def read_lines() -> None:
+            lines.extend((time.monotonic(), line.decode(errors="replace")) for line in ours.process.stderr)
+
+        def wait_for_rank(restarts: int) -> int | None:
+            return ours.wait_for(lambda: ours.find_rank(rank, restarts), deadline - time.monotonic())
+
+        reader = Thread(target=read_lines)
         reader.start()
-        try:
-            victim = wait_for_rank(launcher, rank, 0, deadline)
-            start = time.monotonic()
-            if victim is not None and delay is not None:
-                with suppress(subprocess.TimeoutExpired):
-                    launcher.wait(delay)
-                with suppress(ProcessLookupError):  # it may have ended
-                    os.kill(victim, signal.SIGKILL)
-                    killed_at = time.monotonic()
-            while wait_for_rank(launcher, rank, len(restarted_at) + 1, deadline) is not None:
-                restarted_at.append(time.monotonic())
-            end = time.monotonic()
-            left = left_after(mark)
-        finally:
-            kill_all(launcher, mark)
-            reader.join()
+        victim = wait_for_rank(0)
+        start = time.monotonic()
+        if victim is not None and delay is not None:
+            with suppress(subprocess.TimeoutExpired):
+                ours.process.wait(delay)
+            with suppress(ProcessLookupError):  # it may have ended
+                os.kill(victim, signal.SIGKILL)
+                killed_at = time.monotonic()
+        while wait_for_rank(len(restarted_at) + 1) is not None:
+            restarted_at.append(time.monotonic())
+        end = time.monotonic()
+        left = ours.left()
+    reader.join()  # all who could write are gone
+    ours.process.stderr.close()
     (folder / "stderr.txt").write_text("".join(line for _, line in lines))
-    return Launched(launcher.returncode, start, killed_at, restarted_at, end, left, lines)
-
-
-def wait_for_rank(launcher: subprocess.Popen, rank: int, restarts: int, deadline: float) -> int | None:
-    """Wait for the process of a rank, after so many restarts, and return its id; None if none comes any more."""
-    while launcher.poll() is None and time.monotonic() < deadline:
-        if (process_id := find_rank(launcher.pid, rank, restarts)) is not None:
-            return process_id
-        time.sleep(0.02)
-    return None
+    return Launched(ours.process.returncode, start, killed_at, restarted_at, end, left, lines)
 
 
 def reference_folder(command: str, env_id: str, scratch: Path) -> Path:
@@ -257,10 +237,10 @@ def make_reference(command: str, env_id: str, scratch: Path) -> None:
         RuntimeError: if it fails, or does not take as many updates as it should.
     """
     folder = reference_folder(command, env_id, scratch)
-    launched = launch(command_line(command, env_id), folder, {})
-    if launched.returncode != 0 or not any(last_checkpoint(run).exists() for run in run_folders(folder)):
+    ended = launch(command_line(command, env_id), folder, {})
+    if ended.returncode != 0 or not any(checkpoint_path(run, UPDATES).exists() for run in run_folders(folder)):
         raise RuntimeError(f"the undisturbed run of {command} on {env_id} did not end with update {UPDATES}: {folder}")
-    (folder / "seconds.txt").write_text(str(launched.end - launched.start))
+    (folder / "seconds.txt").write_text(str(ended.end - ended.start))
 
 
 def run_trial(trial: Trial, scratch: Path) -> Outcome:
@@ -274,9 +254,9 @@ def run_trial(trial: Trial, scratch: Path) -> Outcome:
     reference = reference_folder(trial.command, trial.env_id, scratch)
     folder = scratch / f"trial_{trial.number:03d}"
     for attempt in range(ATTEMPTS):
-        launched = strike(trial, trial.draw(attempt), float((reference / "seconds.txt").read_text()), folder)
-        if launched.restarted_at or launched.returncode != 0:
-            outcome = judge(launched, folder, reference)
+        ended = strike(trial, trial.draw(attempt), float((reference / "seconds.txt").read_text()), folder)
+        if ended.restarted_at or ended.returncode != 0:
+            outcome = judge(ended, folder, reference)
             if outcome.good:
                 shutil.rmtree(folder)
             return outcome
@@ -295,71 +275,37 @@ def strike(trial: Trial, drawn: float, seconds: float, folder: Path) -> Launched
         "DYING_MARKER": str(marker),
     }
     wrapper = (str(ROOT / "benchmarks" / "dying.py"),)
-    launched = launch(command_line(trial.command, trial.env_id, wrapper), folder, variables)
-    return launched._replace(killed_at=float(marker.read_text()) if marker.exists() else None)
+    ended = launch(command_line(trial.command, trial.env_id, wrapper), folder, variables)
+    return ended._replace(killed_at=float(marker.read_text()) if marker.exists() else None)
 
 
-def judge(launched: Launched, folder: Path, reference: Path) -> Outcome:
+def judge(ended: Launched, folder: Path, reference: Path) -> Outcome:
     """Compare a run that was killed with the undisturbed one."""
     runs = run_folders(folder)
-    recovered = launched.returncode == 0 and bool(runs) and last_checkpoint(runs[-1]).exists()
+    recovered = ended.returncode == 0 and bool(runs) and checkpoint_path(runs[-1], UPDATES).exists()
     (expected,) = run_folders(reference)
-    restarted_at = launched.restarted_at[0] if launched.restarted_at else math.inf
-    progress = find_updates(PROGRESS, launched.lines)
+    restarted_at = ended.restarted_at[0] if ended.restarted_at else math.inf
+    progress = find_updates(PROGRESS, ended.lines)
     done = max((update for moment, update in progress if moment < restarted_at), default=0)
-    continued_after = next((update for _, update in find_updates(CONTINUED, launched.lines)), 0)
+    continued_after = next((update for _, update in find_updates(CONTINUED, ended.lines)), 0)
     back_at = next((moment for moment, _ in progress if moment > restarted_at), None)
     return Outcome(
         recovered=recovered,
-        weights_equal=recovered and have_equal_weights(runs[-1], expected),
-        logs_equal=recovered and scalars(runs[-1]) == scalars(expected),
+        weights_equal=recovered and not differences(last_checkpoint(runs[-1]), last_checkpoint(expected)),
+        logs_equal=recovered and scalars(runs[-1], times=False) == scalars(expected, times=False),
         run_folders=len(runs),
-        restarts=len(launched.restarted_at),
-        left=len(launched.left),
-        killed_after=round(launched.killed_at - launched.start, 2) if launched.killed_at else None,
+        restarts=len(ended.restarted_at),
+        left=len(ended.left),
+        killed_after=round(ended.killed_at - ended.start, 2) if ended.killed_at else None,
         continued_after=continued_after,
         updates_redone=max(done - continued_after, min(1, UPDATES - continued_after)),
-        seconds_to_update=round(back_at - launched.killed_at, 2) if back_at and launched.killed_at else None,
+        seconds_to_update=round(back_at - ended.killed_at, 2) if back_at and ended.killed_at else None,
     )
 
 
 def find_updates(pattern: re.Pattern, lines: list[tuple[float, str]]) -> list[tuple[float, int]]:
     """Return the numbers of updates in the lines that match, and when these were written."""
     return [(moment, int(found[1])) for moment, line in lines if (found := pattern.search(line))]
-
-
-def run_folders(folder: Path) -> list[Path]:
-    """Return the folders of the runs that were started in a folder, the last one last."""
-    return sorted(folder.glob("logs/*/*"))
-
-
-def last_checkpoint(run_folder: Path) -> Path:
-    """Return the path of the checkpoint of the last update."""
-    return run_folder / "checkpoints" / f"update_{UPDATES:08d}.ckpt"
-
-
-def have_equal_weights(run_folder: Path, other: Path) -> bool:
-    """Return whether two runs ended with the same agent and the same state of the optimizer, bit for bit."""
-    one, two = (torch.load(last_checkpoint(run), weights_only=True) for run in (run_folder, other))
-    return all(are_equal(one[key], two[key]) for key in ("agent", "optimizer"))
-
-
-def are_equal(one: Any, two: Any) -> bool:
-    """Compare nested dictionaries and lists whose leaves are tensors or plain values."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(are_equal(value, two[key]) for key, value in one.items())
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(are_equal, one, two))
-    return one == two
-
-
-def scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the points (step, value) of every scalar but times, as TensorBoard shows them."""
-    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("Time/")]
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 from moviepy import VideoFileClip
 
-from rl.evaluate import evaluate
-from rl.run.checkpoints import load_agent
+from rl.environments.evaluation import evaluate
+from rl.run.resuming import load_agent
 
 
 @dataclass

@@ -10,9 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, NamedTuple, TypeVar
+from uuid import uuid4
+
+Answer = TypeVar("Answer")
 
 BIN = Path(sys.executable).parent  # not resolved: in a virtual environment python is a link
 
@@ -24,15 +28,6 @@ UNWANTED = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|NODE_)?RANK|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
     r"|(LT|PL|PET|TORCHELASTIC|SLURM|OMPI|PMI|PYTEST|OMP|MKL|SDL)_.*|PYTHON[A-Z]*|XDG_RUNTIME_DIR|COLUMNS"
 )
-
-
-def environment(mark: str, variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of a launch with that mark: those of this process but for the unwanted, and others.
-
-    GPUs are hidden, so that the commands do on every machine what they do on the CPU; `variables` may show them again.
-    """
-    inherited = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
-    return inherited | {"CUDA_VISIBLE_DEVICES": ""} | dict(variables) | {MARK: mark}
 
 
 def free_port() -> int:
@@ -49,21 +44,80 @@ def free_port() -> int:
 _ports_given: set[int] = set()
 
 
-def find_rank(launcher: int, rank: int, restarts: int = 0) -> int | None:
-    """Return the process id of a rank, if the launcher with that process id has started it after so many restarts.
+class Launch(NamedTuple):
+    """A command that runs, and all processes that it has started."""
 
-    What a rank has started inherits its variables, so only the launcher's own children are looked at.
+    process: subprocess.Popen
+    mark: str
+
+    def find_rank(self, rank: int, restarts: int = 0) -> int | None:
+        """Return the process id of a rank, if the launcher has started it after so many restarts.
+
+        What a rank has started inherits its variables, so only the launcher's own children are looked at.
+        """
+        variables = {f"RANK={rank}", f"TORCHELASTIC_RESTART_COUNT={restarts}"}
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with suppress(OSError):  # a process may end while we look
+                for child in children.read_text().split():
+                    if variables <= _variables(Path("/proc", child)):
+                        return int(child)
+        return None
+
+    def wait_for(self, look: Callable[[], Answer | None], patience: float) -> Answer | None:
+        """Return what `look` finds, as soon as it finds something; None if the launch has ended, or time is over."""
+        deadline = time.monotonic() + patience
+        while not (found := look()):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                return look() or None  # it may have come just before the end
+            time.sleep(0.02)
+        return found
+
+    def left(self, patience: float = 2) -> list[str]:
+        """Return the command lines of the processes that still run when `patience` seconds have passed."""
+        deadline = time.monotonic() + patience
+        while (left := _processes_of(self.mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return list(left.values())
+
+    def kill(self) -> None:
+        """Kill the launcher's group and whatever else carries its mark, then wait for the launcher."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        while left := _processes_of(self.mark):
+            for process_id in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process_id, signal.SIGKILL)
+            time.sleep(0.05)
+
+
+@contextmanager
+def launched(
+    command: list[str], folder: Path, variables: Mapping[str, str], stdout: IO, stderr: IO | int
+) -> Iterator[Launch]:
+    """Start a command in a session of its own, with nothing inherited from another launcher; at the end it is killed.
+
+    GPUs are hidden, so that the commands do on every machine what they do on the CPU; `variables` may show them again.
     """
-    variables = {f"RANK={rank}", f"TORCHELASTIC_RESTART_COUNT={restarts}"}
-    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
-        with suppress(OSError):  # a process may end while we look
-            for child in children.read_text().split():
-                if variables <= _variables(Path("/proc", child)):
-                    return int(child)
-    return None
+    mark = uuid4().hex
+    inherited = {name: value for name, value in os.environ.items() if not UNWANTED.fullmatch(name)}
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=inherited | {"CUDA_VISIBLE_DEVICES": ""} | dict(variables) | {MARK: mark},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+    launch = Launch(process, mark)
+    try:
+        yield launch
+    finally:
+        launch.kill()
 
 
-def processes_of(mark: str) -> dict[int, str]:
+def _processes_of(mark: str) -> dict[int, str]:
     """Return the process ids and the command lines of the launch with that mark.
 
     Its group is not enough: torchrun starts ranks in sessions of their own.
@@ -79,26 +133,6 @@ def processes_of(mark: str) -> dict[int, str]:
             if f"{MARK}={mark}" in _variables(process):
                 found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ").strip()
     return found
-
-
-def left_after(mark: str, patience: float = 2) -> list[str]:
-    """Return the command lines of the launch with that mark that still run when `patience` seconds have passed."""
-    deadline = time.monotonic() + patience
-    while (left := processes_of(mark)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return list(left.values())
-
-
-def kill_all(launcher: subprocess.Popen, mark: str) -> None:
-    """Kill the launcher's group and whatever else carries its mark, then wait for the launcher."""
-    if launcher.poll() is None:
-        os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
-    while left := processes_of(mark):
-        for process_id in left:
-            with suppress(ProcessLookupError):
-                os.kill(process_id, signal.SIGKILL)
-        time.sleep(0.05)
 
 
 def _variables(process: Path) -> set[str]:

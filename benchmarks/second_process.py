@@ -22,7 +22,6 @@ from rl.args import CommonArgs
 from rl.fast.gradient_step import compile_gradient_step
 from rl.ppo.agent import Agent
 from rl.processes.placement import keep_to_own_cores
-from rl.processes.ranks import read_ranks
 
 REPEATS = 7
 STEPS = 100
@@ -32,13 +31,12 @@ UNITS = (64, 256, 512)  # of each hidden layer
 
 def make_step(units: int, rows: int, processes: int) -> Callable[[], Tensor]:
     """Return a gradient step of one or of two processes on a minibatch of `rows` rows in all."""
-    args = CommonArgs(hidden_sizes=(units, units))
-    observation_space = Box(-1, 1, (8,))
-    agent = Agent(observation_space, Discrete(4), args)
+    args = CommonArgs(hidden_sizes=(units, units), per_rank_batch_size=rows // processes)
+    agent = Agent(Box(-1, 1, (8,)), Discrete(4), args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
-    minibatch = random_minibatch(agent, observation_space, rows // processes)
+    minibatch = random_minibatch(agent, rows // processes)
     shown = make_gradient_step(agent, optimizer, args)
-    step = compile_gradient_step(shown, agent, optimizer, args, [minibatch], sum_over_ranks, processes)
+    step = compile_gradient_step(shown, agent, optimizer, args, rows, sum_over_ranks, processes)
     return lambda: step.fast(minibatch, minibatch.num_rows)  # without the proofs, for which all processes meet
 
 
@@ -54,7 +52,7 @@ def main() -> None:
     """Print a table in Markdown."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    keep_to_own_cores(read_ranks())
+    keep_to_own_cores()
     is_first = dist.get_rank() == 0
     if is_first:
         print("| rows of the minibatch | units of each layer | one process, µs | two, µs | one / two |")

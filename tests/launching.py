@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
-from uuid import uuid4
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.launches import BIN, environment, find_rank, free_port, kill_all, left_after
+from benchmarks.launches import BIN, Launch, free_port, launched
+from benchmarks.runs import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers"
@@ -25,9 +24,13 @@ Answer = TypeVar("Answer")
 class Running(NamedTuple):
     """A launch that runs; what `run` is told to do meanwhile may look at it and disturb it."""
 
-    process: subprocess.Popen
+    launch: Launch
     cwd: Path
     files: tuple[IO[bytes], IO[bytes]]
+
+    @property
+    def process(self) -> subprocess.Popen:
+        return self.launch.process
 
     @property
     def output(self) -> str:
@@ -39,14 +42,11 @@ class Running(NamedTuple):
 
     def rank(self, rank: int) -> int:
         """The process id of a rank, as soon as a launcher has started it."""
-        return self._wait(lambda: find_rank(self.process.pid, rank), f"rank {rank}")
+        return self._wait(lambda: self.launch.find_rank(rank), f"rank {rank}")
 
-    def _wait(self, look: Callable[[], Answer], what: str, patience: float = 120) -> Answer:
-        deadline = time.perf_counter() + patience
-        while not (found := look()):
-            assert self.process.poll() is None, f"ended without {what}\n{self.output}"
-            assert time.perf_counter() < deadline, f"no {what} within {patience} s\n{self.output}"
-            time.sleep(0.02)
+    def _wait(self, look: Callable[[], Answer | None], what: str, patience: float = 120) -> Answer:
+        found = self.launch.wait_for(look, patience)
+        assert found, f"no {what} before the end, or within {patience} s\n{self.output}"
         return found
 
 
@@ -94,40 +94,28 @@ def run(
     env: Mapping[str, str] | None = None,
     meanwhile: Callable[[Running], Any] | None = None,
 ) -> Finished:
-    """Run a command to its end, in a session of its own and with nothing inherited from another launcher.
+    """Run a command to its end, as `launched` starts it.
 
-    GPUs are hidden, so that the commands do on every machine what they do on the CPU; `env` may show them again.
     When the time is over every process of the launch is killed, and the test fails with what they wrote. What is done
     `meanwhile` has a limit of its own, and the time begins after it.
     """
-    mark = uuid4().hex
     # Files instead of pipes: a process that is left behind would keep a pipe open, and us waiting.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=environment(mark, env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
-        try:
+        with launched(command, cwd, env or {}, out, err) as launch:
             start = time.perf_counter()
             seen = None
             if meanwhile:
-                seen = meanwhile(Running(process, cwd, (out, err)))
+                seen = meanwhile(Running(launch, cwd, (out, err)))
                 start = time.perf_counter()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout)
+                launch.process.wait(timeout)
             seconds = time.perf_counter() - start
-            left = left_after(mark) if process.returncode is not None else []
-        finally:
-            kill_all(process, mark)
+            returncode = launch.process.returncode
+            left = launch.left() if returncode is not None else []
         stdout, stderr = (_text(file) for file in (out, err))
-    if seconds >= timeout:
+    if returncode is None:
         pytest.fail(f"{' '.join(command)}\ndid not end within {timeout} s\n{stdout[-5000:]}\n{stderr[-5000:]}")
-    return Finished(command, cwd, process.returncode, stdout, stderr, seconds, left, seen)
+    return Finished(command, cwd, returncode, stdout, stderr, seconds, left, seen)
 
 
 def assert_no_process_is_left(finished: Finished) -> None:
@@ -143,26 +131,9 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if not path.is_dir())
 
 
-def run_folders(cwd: Path) -> list[Path]:
-    """The folders of the runs that were started in `cwd`."""
-    return sorted((cwd / "logs").glob("*/*"))
-
-
-def scalars(run_folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar that TensorBoard shows of a run: its points (step, value), in the order of the file."""
-    events = _read_events(run_folder)
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in sorted(events.Tags()["scalars"])
-    }
-
-
 def hyperparameters(run_folder: Path) -> dict[str, str]:
     """The table of the hyperparameters that TensorBoard shows of a run."""
-    (event,) = _read_events(run_folder).Tensors("hyperparameters/text_summary")
+    (event,) = read_events(run_folder).Tensors("hyperparameters/text_summary")
     table = event.tensor_proto.string_val[0].decode()
     _, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines())
     return dict(rows)
-
-
-def _read_events(run_folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()

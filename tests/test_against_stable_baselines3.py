@@ -5,10 +5,8 @@ seeds of the environments, action noise, order of the rows. All else (rollouts, 
 clipping, Adam) each computes for itself. Where conventions differ, a comment below says what the common ground is.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import Mock, patch
 
 import gymnasium as gym
 import numpy as np
@@ -19,13 +17,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing import assert_close
 
 import train_torch
+from benchmarks.runs import run_folders, scalars
 from rl.args import TorchArgs
 from rl.environments.making import make_envs, reset_envs
 from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
 from rl.ppo.gae import generalized_advantage_estimation
-from rl.processes.ranks import leave
+from rl.run import checkpoints
+from rl.run import run as run_module
+from rl.run.ending import Ending, leave_process_group
 from rl.seeding import Purpose, episode_seed, stream, stream_seed
 
 sb3 = pytest.importorskip("stable_baselines3", reason="needs stable-baselines3: pip install -r requirements-dev.txt")
@@ -80,8 +81,9 @@ class SeededEpisodes(gym.Wrapper):
 
 
 def make_agent(args: TorchArgs) -> Agent:
-    torch.manual_seed(args.seed)
+    """Make the agent that the script makes."""
     with gym.make(args.env_id) as env:
+        torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
         return Agent(env.observation_space, env.action_space, args)
 
 
@@ -137,37 +139,40 @@ def one_thread():
 
 
 @contextmanager
-def recorded_steps(parameters: list[nn.Parameter]) -> Iterator[list[dict[str, list[Tensor]]]]:
-    """Record every gradient that the optimizer is given, and every weight that it leaves."""
+def recorded_steps(parameters: list[nn.Parameter] | None = None) -> Iterator[list[dict[str, list[Tensor]]]]:
+    """Record every gradient that an optimizer is given, and every weight that it leaves; of its own parameters."""
     steps = []
-    before = register_optimizer_step_pre_hook(
-        lambda *_: steps.append({"gradients": [parameter.grad.clone() for parameter in parameters]})
-    )
-    after = register_optimizer_step_post_hook(
-        lambda *_: steps[-1].update(weights=[parameter.detach().clone() for parameter in parameters])
-    )
+
+    def before(optimizer, *_):
+        steps.append({"gradients": [p.grad.clone() for p in parameters or optimizer.param_groups[0]["params"]]})
+
+    def after(optimizer, *_):
+        steps[-1]["weights"] = [p.detach().clone() for p in parameters or optimizer.param_groups[0]["params"]]
+
+    hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
     try:
         yield steps
     finally:
-        before.remove()
-        after.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.fixture
 def run_script(monkeypatch, tmp_path):
-    """Run train_torch.py with an agent of ours, and return the last value of each scalar that it logs."""
+    """Run train_torch.py, and return the last value of each scalar that it logs."""
 
-    def run(agent: Agent, args: TorchArgs) -> dict[str, float]:
-        logger = Mock()
-        monkeypatch.setattr(train_torch, "SummaryWriter", lambda run_folder, **_: logger)
-        monkeypatch.setattr(train_torch, "Agent", lambda *spaces_and_args: agent)
+    def run(args: TorchArgs) -> dict[str, float]:
         monkeypatch.chdir(tmp_path)
-        with patch.dict(os.environ):  # the script sets the launcher's variables
-            train_torch.main(args)
-        return {call.args[0]: call.args[1] for call in logger.add_scalar.call_args_list}
+        for module in (checkpoints, run_module):
+            monkeypatch.setattr(module, "ending", ending)
+        train_torch.main(args)
+        (folder,) = run_folders(tmp_path)
+        return {tag: points[-1][1] for tag, points in scalars(folder).items()}
 
+    ending = Ending()
     yield run
-    leave()
+    ending.closing.close()
+    leave_process_group()
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
@@ -231,13 +236,13 @@ def test_losses_gradients_and_weights_of_a_run_equal_those_of_stable_baselines3(
     agent = make_agent(args)
     model = make_twin(agent, args, monkeypatch)
 
-    with recorded_steps(list(agent.parameters())) as steps:
-        scalars = run_script(agent, args)
+    with recorded_steps() as steps:
+        logged = run_script(args)
     with recorded_steps(parameters_of(model)) as their_steps:
         model.learn(args.total_timesteps, log_interval=None)
 
     assert_close(steps, their_steps, **ROUNDING)
     tags = LOSS_TAGS | ONE_STEP_TAGS if len(steps) == 1 else LOSS_TAGS
     for tag, their_tag in tags.items():
-        assert scalars[tag] == pytest.approx(float(model.logger.name_to_value[their_tag]), rel=1e-5, abs=2e-6), tag
-    assert scalars["Info/clip_fraction"] > 0 or args.update_epochs == 1
+        assert logged[tag] == pytest.approx(float(model.logger.name_to_value[their_tag]), rel=1e-5, abs=2e-6), tag
+    assert logged["Info/clip_fraction"] > 0 or args.update_epochs == 1

@@ -23,11 +23,8 @@ class Case(NamedTuple):
 
 CASES = [
     Case(TORCH, rank=1, update=FIRST),
-    Case(TORCH, rank=1, update=LAST),
-    Case(FABRIC, rank=1, update=FIRST),
     Case(FABRIC, rank=1, update=LAST),
     Case(DECOUPLED, rank=0, update=FIRST),  # the player
-    Case(DECOUPLED, rank=2, update=FIRST),
     Case(DECOUPLED, rank=2, update=LAST),
 ]
 

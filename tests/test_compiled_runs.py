@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-import torch
 
-from tests.launching import ROOT, assert_no_process_is_left, fabric_run, python, run, run_folders, scalars, torchrun
+from benchmarks.runs import last_checkpoint, run_folders, scalars, tensors
+from tests.launching import ROOT, assert_no_process_is_left, fabric_run, python, run, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
 DDP = ("--accelerator=cpu", "--strategy=ddp")
@@ -69,12 +69,9 @@ def launch(name, compile_or_not, folder):
 def learnt(finished):
     """All numbers that the last checkpoint holds, and all that were logged but for the times."""
     (folder,) = run_folders(finished.cwd)
-    checkpoint = torch.load(max(folder.glob("checkpoints/update_*.ckpt")), weights_only=True)
+    checkpoint = last_checkpoint(folder)
     assert checkpoint["update"] == UPDATES
-    tensors = dict(checkpoint["agent"])
-    for parameter, state in checkpoint["optimizer"]["state"].items():
-        tensors |= {f"{key} of parameter {parameter}": value for key, value in state.items()}
-    return tensors, {tag: points for tag, points in scalars(folder).items() if not tag.startswith("Time/")}
+    return tensors(checkpoint), scalars(folder, times=False)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,11 +84,11 @@ def test_a_compiled_run_learns_what_a_plain_run_learns_but_for_rounding(name, tm
     assert "compiling the gradient step" not in plain.output, plain.output
     assert compiled.output.count("compiling the gradient step") == 1, compiled.output
 
-    (tensors, logged), (other_tensors, other_logged) = learnt(compiled), learnt(plain)
-    assert tensors.keys() == other_tensors.keys() and logged.keys() == other_logged.keys()
+    (numbers, logged), (other_numbers, other_logged) = learnt(compiled), learnt(plain)
+    assert numbers.keys() == other_numbers.keys() and logged.keys() == other_logged.keys()
     differences = {}
-    for key, other in other_tensors.items():
-        difference, size = (tensors[key].double() - other.double()).norm().item(), other.double().norm().item()
+    for key, other in other_numbers.items():
+        difference, size = (numbers[key].double() - other.double()).norm().item(), other.double().norm().item()
         assert difference <= RELATIVE_TOLERANCE * size, f"{key} differs by {difference} of {size}"
         differences[key] = difference
     assert any(differences.values()), "to the bit: one of them was not compiled"

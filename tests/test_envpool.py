@@ -1,8 +1,5 @@
 """EnvPool's environments have the meaning that Gymnasium's have: proven with CartPole's physics, computed apart."""
 
-import re
-import sys
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +12,6 @@ from rl.environments.making import check_backend, make_envs, read_spaces, reset_
 from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
-from tests.launching import ROOT, python, run, run_folders, scalars, torchrun
 
 REASON = "EnvPool is optional: requirements-envpool.txt"
 BALANCED, FALLING = range(3), range(3, 6)  # environments: some are balanced to the time limit, the others are not
@@ -246,40 +242,6 @@ def test_continuous_actions_reach_envpools_pendulum():
         observation, expected, *_ = physics.step(torque)
         np.testing.assert_allclose(end, observation, rtol=0, atol=1e-5)
         assert reward == pytest.approx(expected, rel=1e-4)
-
-
-ENVPOOL = ["--env-backend=envpool", "--num-steps=256", "--total-timesteps=1024", "--test-episodes=2"]
-SCRIPTS = {
-    "torch": partial(python, "train_torch.py"),
-    "torch, 2 processes": partial(torchrun, 2, "train_torch.py"),
-    "fabric": partial(python, "train_fabric.py"),
-    "decoupled": partial(torchrun, 2, "train_fabric_decoupled.py"),
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_with_envpool_trains_tests_and_goes_on_with_new_episodes(name, tmp_path):
-    pytest.importorskip("envpool", reason=REASON)
-    command = SCRIPTS[name]
-    flags = [*ENVPOOL, "--env-threads=2", "--num-envs=8", "--keep-checkpoints=9", "--normalize-rewards"]
-    finished = run(command(*flags), tmp_path, timeout=120)
-    assert finished.returncode == 0, finished.output
-    (folder,) = run_folders(tmp_path)
-    logged = scalars(folder)
-    assert [value for _, value in logged["Rewards/rew_avg"]] == [value for _, value in logged["Game/ep_len_avg"]]
-    assert len(logged["Loss/policy_loss"]) == 4
-
-    (folder / "checkpoints" / "update_00000004.ckpt").unlink()
-    resumed = run(command("--resume", str(folder)), tmp_path, timeout=120)
-    assert resumed.returncode == 0, resumed.output
-    words = (
-        "EnvPool's environments cannot be put back: from here on the run is not bit for bit the one that was stopped"
-    )
-    assert resumed.stderr.splitlines().count(words) == 1
-    assert (folder / "checkpoints" / "update_00000004.ckpt").exists()
-
-    evaluated = run([sys.executable, "-m", "rl.evaluate", str(folder), "--episodes=2"], ROOT, timeout=60)
-    assert re.search(r"^mean_return=[\d.]+ std_return=[\d.]+ episodes=2$", evaluated.stdout, re.MULTILINE)
 
 
 def test_new_episodes_after_a_resume_are_not_those_of_the_start():

@@ -1,93 +1,53 @@
-"""`python -m rl.evaluate` and `python -m rl.export` on a run that the script has just left behind."""
+"""What `rl.evaluate` and `rl.export` make of a run's checkpoint, and of what is none."""
 
 import copy
 import os
 import pickle
-import re
 import sys
 import warnings
 from unittest import mock
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import rl.evaluate
 import rl.export
+from rl.args import TorchArgs
+from rl.environments.collector import Collector
+from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
-from rl.run.checkpoints import load_agent
-from rl.seeding import Purpose, stream_seed
-from tests.launching import ROOT, python, run, run_folders
+from rl.ppo.prepare import prepare_batch
+from rl.run import checkpoints
+from rl.run.checkpoints import Checkpoints
+from rl.run.ending import Ending
+from rl.run.resuming import load_agent
+from tests.pendulum_run import EPISODES, LAST_LINE, SEED, policy, slow_returns, steepen
 
-EPISODES, SEED = 5, 10_000
-LAST_LINE = re.compile(r"mean_return=(-?\d+\.\d\d) std_return=(\d+\.\d\d) episodes=(\d+)")
-FLAGS = "--env-id Pendulum-v1 --normalize-observations --total-timesteps 512 --num-steps 256"
-ENV_KWARGS = ["--env-kwargs", "g=9.0", "max_episode_steps=60"]
-
-MY_ENVS = """
-import gymnasium as gym
-from gymnasium.envs.classic_control import PendulumEnv
-
-gym.register("Mine-v0", PendulumEnv, max_episode_steps=60)
-"""
-
-# Put before the real one on the path of a child, this is an installation without onnx.
-WITHOUT_ONNX = """
-import sys
-from importlib.machinery import PathFinder
-
-class WithoutOnnx(PathFinder):
-    @classmethod
-    def find_spec(cls, fullname, path=None, target=None):
-        return None if fullname.partition(".")[0] == "onnx" else super().find_spec(fullname, path, target)
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOnnx
-"""
+exports = pytest.mark.processes  # an export takes some ten seconds
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
+    """The folder of a run that saw two rollouts and took no gradient step."""
     folder = tmp_path_factory.mktemp("run")
-    finished = run(python("train_torch.py", *FLAGS.split(), *ENV_KWARGS), folder, timeout=60)
-    assert finished.returncode == 0, finished.output
-    return run_folders(folder)[0]
+    kwargs = ("g=9.0", "max_episode_steps=60")
+    args = TorchArgs(
+        env_id="Pendulum-v1", env_kwargs=kwargs, normalize_observations=True, num_steps=256, total_timesteps=512
+    )
+    with mock.patch.dict(os.environ), mock.patch.object(checkpoints, "ending", Ending()):
+        collector, written = Collector(args, 0, 1), Checkpoints(folder, args, None)
+        torch.manual_seed(0)
+        agent = Agent(collector.observation_space, collector.action_space, args)
+        for update in (1, 2):
+            prepare_batch(collector.collect(agent, update)[0], agent, args)
+            written.add(update, agent.state_dict(), torch.optim.Adam(agent.parameters()), {}, collector)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def steep(run_folder, tmp_path_factory):
-    """A checkpoint of a policy whose actions often leave the bounds, and its weights."""
-    path = max((run_folder / "checkpoints").iterdir())
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["agent"]["actor.4.weight"] *= 10
-    path = tmp_path_factory.mktemp("steep") / "update_00000002.ckpt"
-    torch.save(checkpoint, path)
-    return path, {name: value.double().numpy() for name, value in checkpoint["agent"].items()}
-
-
-def policy(weights, observations):
-    """The unclipped mean actions, written out in NumPy."""
-    hidden = (observations - weights["observation_normalizer.mean"]) / weights["observation_normalizer.std"]
-    hidden = np.clip(hidden, -10, 10)
-    for layer in (0, 2):
-        hidden = np.maximum(hidden @ weights[f"actor.{layer}.weight"].T + weights[f"actor.{layer}.bias"], 0)
-    return hidden @ weights["actor.4.weight"].T + weights["actor.4.bias"]
-
-
-def slow_returns(weights, noise=None):
-    """One episode after the other, without a vector of environments; `noise` [steps, episodes, 1] is added."""
-    returns = []
-    for index in range(EPISODES):
-        env = gym.make("Pendulum-v1", g=9.0, max_episode_steps=60)
-        observation, _ = env.reset(seed=stream_seed(SEED, Purpose.TEST, index))
-        returns.append(0.0)
-        for step in range(60):
-            action = policy(weights, observation)
-            if noise is not None:
-                action = action + np.exp(weights["distribution.log_std"]) * noise[step, index].double().numpy()
-            observation, reward, _, _, _ = env.step(np.clip(action, -2, 2).astype(np.float32))
-            returns[-1] += reward
-    return np.array(returns)
+    return steepen(run_folder, tmp_path_factory.mktemp("steep"))
 
 
 def call(module, *words):
@@ -110,19 +70,6 @@ def failure(capsys, module, *words):
     assert (end.value.code, out, err.count("\n"), [str(each.message) for each in warned]) == (1, "", 1, [])
     assert err.startswith("error: ")
     return err
-
-
-def test_the_command_restores_policy_normalisation_and_gravity_and_ends_with_its_line(run_folder, steep):
-    finished = run([sys.executable, "-m", "rl.evaluate", str(steep[0]), "--episodes", str(EPISODES)], ROOT, timeout=60)
-    assert (finished.returncode, finished.stderr) == (0, "")
-    lines, truth = finished.stdout.splitlines(), slow_returns(steep[1])
-    mean, std, episodes = LAST_LINE.fullmatch(lines[-1]).groups()
-    assert float(mean) == pytest.approx(truth.mean(), abs=0.02)
-    assert float(std) == pytest.approx(truth.std(), abs=0.02)
-    assert int(episodes) == EPISODES
-    figures = [float(figure) for figure in re.findall(r"-?\d+\.?\d*", lines[-3])]
-    np.testing.assert_allclose(figures, [truth.mean(), truth.std(), truth.min(), truth.max()], atol=0.02)
-    assert lines[-2] == "length: mean 60.00, std 0.00, min 60, max 60"
 
 
 def test_the_last_checkpoint_of_a_folder_and_the_file_itself_are_the_same(run_folder, capsys):
@@ -172,6 +119,7 @@ def test_videos_are_written_one_for_each_episode_and_can_be_decoded(run_folder, 
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
+@exports
 def test_the_exported_file_acts_as_the_policy_written_out_and_stays_inside_the_bounds(steep, tmp_path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the export is optional: requirements-export.txt")
     path, weights = steep
@@ -195,6 +143,7 @@ def test_the_exported_file_acts_as_the_policy_written_out_and_stays_inside_the_b
     assert np.abs(actions).max() == 2
 
 
+@exports
 def test_an_export_whose_file_would_act_differently_is_refused_and_leaves_no_file(run_folder, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="the export is optional: requirements-export.txt")
     agent, _ = load_agent(run_folder)
@@ -212,15 +161,7 @@ def test_an_export_whose_file_would_act_differently_is_refused_and_leaves_no_fil
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_without_onnx_is_answered_by_one_line(run_folder, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_ONNX)
-    command = [sys.executable, "-m", "rl.export", str(run_folder), str(tmp_path / "agent.onnx")]
-    finished = run(command, ROOT, timeout=60, env={"PYTHONPATH": str(tmp_path)})
-    assert finished.returncode == 1
-    assert finished.output == "error: the export needs more packages: pip install -r requirements-export.txt\n"
-    assert not (tmp_path / "agent.onnx").exists()
-
-
+@exports
 def test_a_file_that_cannot_be_written_is_named(run_folder, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="the export is optional: requirements-export.txt")
     line = failure(capsys, rl.export, run_folder, tmp_path / "nowhere" / "agent.onnx")
@@ -295,34 +236,3 @@ def test_episodes_are_cut_after_the_steps_of_the_command_or_else_of_the_run(run_
     checkpoint["args"]["max_test_steps"] = 20
     torch.save(checkpoint, tmp_path / "update_00000002.ckpt")
     assert evaluated(capsys, tmp_path / "update_00000002.ckpt")[-2].startswith("length: mean 20.00")
-
-
-@pytest.mark.parametrize("name", ["evaluate", "export"])
-def test_a_command_that_is_started_as_a_file_says_how_it_is_started(name, tmp_path):
-    finished = run(python(f"rl/{name}.py"), tmp_path, timeout=30)
-    assert finished.returncode == 1
-    assert finished.output.splitlines() == finished.error_lines
-    assert f"`python -m rl.{name}`" in finished.error_lines[0]
-
-
-@pytest.mark.parametrize("name", ["evaluate", "export"])
-def test_the_help_of_a_command_can_be_printed_where_there_is_only_ascii(name):
-    command = [sys.executable, "-m", f"rl.{name}", "--help"]
-    finished = run(command, ROOT, timeout=60, env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
-    assert (finished.returncode, finished.stderr) == (0, "")
-    assert "--help" in finished.stdout
-
-
-@pytest.mark.parametrize("name", ["evaluate", "export"])
-def test_a_command_finds_an_environment_in_the_working_directory(name, run_folder, tmp_path):
-    if name == "export":
-        pytest.importorskip("onnxscript", reason="export is optional: requirements-export.txt")
-    (tmp_path / "my_envs.py").write_text(MY_ENVS)
-    checkpoint = torch.load(max((run_folder / "checkpoints").iterdir()), weights_only=True)
-    checkpoint["args"]["env_id"] = "my_envs:Mine-v0"
-    torch.save(checkpoint, tmp_path / "update_00000002.ckpt")
-    words = {"evaluate": ["--episodes", "1"], "export": ["agent.onnx"]}[name]
-    code = f"import sys; sys.path.append({str(ROOT)!r}); import rl.{name}; rl.{name}.main()"
-    command = [sys.executable, "-P", "-c", code, "update_00000002.ckpt", *words]
-    finished = run(command, tmp_path, timeout=60)
-    assert finished.returncode == 0, finished.output

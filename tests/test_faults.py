@@ -8,6 +8,8 @@ import pytest
 from benchmarks import faults
 from tests.launching import ROOT
 
+pytestmark = pytest.mark.processes  # launched by benchmarks/faults.py
+
 SEED = 2597
 PLAIN = ("raw PyTorch", "Fabric", "decoupled")  # a command for each script
 LUNAR_LANDER = "Fabric, with videos"

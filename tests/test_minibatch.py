@@ -8,7 +8,6 @@ from gymnasium.spaces import Box, Discrete
 from rl.args import CommonArgs
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch, Rollout
-from rl.ppo.distributions import Categorical
 from rl.ppo.loss import ppo_loss
 from rl.ppo.minibatches import almost_equal_sizes, minibatches
 
@@ -219,9 +218,9 @@ def test_rows_of_ranks_one_after_the_other_are_those_of_one_process_with_all_env
     assert alone.num_rows == 12
 
 
-def test_an_empty_batch_of_the_spaces_unpacks_what_a_rollout_of_them_packed():
+def test_an_empty_batch_of_an_agent_unpacks_what_a_rollout_of_them_packed():
     batch = numbered_rollout([0, 1])
-    empty = Batch.zeros(0, Box(-np.inf, np.inf, (2,), np.float32), Categorical(Discrete(2)))
+    empty = Batch.zeros(0, Agent(Box(-np.inf, np.inf, (2,)), Discrete(2), CommonArgs()))
     assert empty.num_rows == 0
     assert empty.field_bytes == batch.field_bytes == [8, 8, 4, 4, 4, 4]
     assert row_numbers_of(empty.unpack(batch.pack())) == row_numbers_of(batch)

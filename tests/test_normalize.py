@@ -6,8 +6,6 @@ from torch.testing import assert_close
 
 from rl.ppo.normalize import ObservationNormalizer, RewardNormalizer, mean_and_variance, moments, normalize_advantages
 
-GAMMA = 0.9
-
 
 def stream(*shape, seed=0):
     """Numbers far from mean 0 and variance 1, different in each place of the last axis."""
@@ -105,7 +103,7 @@ def test_the_picture_in_a_dict_is_left_alone_and_the_vectors_around_it_are_norma
     np.testing.assert_allclose(normalized.reshape(16, -1)[:, vectors], expected[:, vectors], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: ObservationNormalizer(Box(-9, 9, (4,))), lambda: RewardNormalizer(3, GAMMA)])
+@pytest.mark.parametrize("make", [lambda: ObservationNormalizer(Box(-9, 9, (4,))), RewardNormalizer])
 def test_restored_statistics_normalise_to_the_same_bits_and_go_on_from_there(make, tmp_path):
     normalizer, restored = make(), make()
     shape = (4,) if isinstance(normalizer, ObservationNormalizer) else ()
@@ -118,63 +116,40 @@ def test_restored_statistics_normalise_to_the_same_bits_and_go_on_from_there(mak
             each.update(moments(stream(6, 3, *shape, seed=2)))
 
 
-def slow_discounted_sums(rewards, dones):
-    """For each environment and step the discounted sum of its episode's rewards until then, from the definition."""
-    sums = np.zeros(rewards.shape)
-    for env in range(rewards.shape[1]):
-        start = 0
-        for t in range(len(rewards)):
-            sums[t, env] = sum(GAMMA ** (t - k) * rewards[k, env] for k in range(start, t + 1))
-            if dones[t, env]:
-                start = t + 1
-    return sums
-
-
-def test_rewards_are_divided_by_the_deviation_of_the_discounted_sums_over_consecutive_rollouts():
-    rng = np.random.default_rng(0)
-    rewards, dones = rng.normal(2, 3, size=(20, 3)).astype(np.float32), rng.random((20, 3)) < 0.2
-    assert dones[:8].any() and dones[8:].any() and not dones[7].all()
-    normalizer = RewardNormalizer(3, GAMMA)
-    for rollout, so_far in ((slice(0, 8), slice(0, 8)), (slice(8, 20), slice(0, 20))):
-        piece = torch.from_numpy(rewards[rollout])
-        normalizer.update(normalizer.new_moments(piece, torch.from_numpy(dones[rollout])))
-        deviation = slow_discounted_sums(rewards[so_far], dones[so_far]).std()
-        np.testing.assert_allclose(normalizer(piece), rewards[rollout] / deviation, rtol=1e-6)
-        assert normalizer(piece).dtype == torch.float32
-
-
-def test_the_discounted_sums_of_two_ranks_add_up_to_those_of_one_with_all_environments():
-    rewards, dones = stream(9, 4), torch.from_numpy(np.random.default_rng(1).random((9, 4)) < 0.3)
-    ranks = [RewardNormalizer(1, GAMMA), RewardNormalizer(3, GAMMA)]
-    parts = zip(ranks, rewards.split([1, 3], 1), dones.split([1, 3], 1), strict=True)
-    total = sum(rank.new_moments(*data) for rank, *data in parts)
-    sums = slow_discounted_sums(rewards.double().numpy(), dones.numpy())
-    np.testing.assert_allclose(total, [36, sums.sum(), np.square(sums).sum()], rtol=1e-12)
+def test_rewards_are_divided_by_numpys_deviation_of_all_discounted_sums_so_far():
+    """Where the sums come from is shown in tests/test_collector.py."""
+    normalizer = RewardNormalizer()
+    rollouts = [stream(length, 3, seed=length) for length in (8, 12)]
+    for count, sums in enumerate(rollouts, start=1):
+        normalizer.update(moments(sums[:, :2]) + moments(sums[:, 2:]))  # of two ranks
+        deviation = torch.cat(rollouts[:count]).double().numpy().std()
+        rewards = stream(5, 3, seed=1)
+        np.testing.assert_allclose(normalizer(rewards), rewards.double().numpy() / deviation, rtol=1e-6)
+        assert normalizer(rewards).dtype == torch.float32
 
 
 def test_normalised_rewards_do_not_depend_on_the_scale_of_the_rewards_keep_their_sign_and_end_at_ten():
-    rewards, dones = stream(30, 2) + 30, torch.zeros(30, 2, dtype=torch.bool)
+    rewards = stream(30, 2) + 30
     rewards[20, 1] = 1000.0
     normalized = []
     for scale in (1, 1000):
-        normalizer = RewardNormalizer(2, 0.0)
-        normalizer.update(normalizer.new_moments(scale * rewards.clamp(-3, 3), dones))
+        normalizer = RewardNormalizer()
+        normalizer.update(moments(scale * rewards.clamp(-3, 3)))
         normalized.append(normalizer(scale * rewards))
     assert_close(normalized[0], normalized[1], rtol=1e-5, atol=0)
     assert torch.equal(normalized[0].sign(), rewards.sign())
     assert normalized[0].max() == 10
 
 
-def test_rewards_whose_discounted_sums_never_changed_are_divided_by_a_ten_thousandth():
+@pytest.mark.parametrize("same", [0.0, 2.0**-12])
+def test_rewards_whose_discounted_sums_never_changed_are_divided_by_a_ten_thousandth(same):
     """The variance is 0, and 1e-8 is added to it before the root is taken."""
-    rewards, every_step = torch.full((6, 2), 2.0**-12), torch.ones(6, 2, dtype=torch.bool)
-    for same in (rewards, torch.zeros(6, 2)):
-        normalizer = RewardNormalizer(2, GAMMA)
-        normalizer.update(normalizer.new_moments(same, every_step))
-        others = np.array([[0, 2.0**-12], [-(2.0**-14), 2.0**-9], [-1.0, 1e9]])
-        expected = np.clip(others / np.sqrt(0 + 1e-8), -10, 10)
-        np.testing.assert_allclose(normalizer(torch.from_numpy(others).float()), expected, rtol=1e-5)
-        assert expected.round(2).tolist() == [[0, 2.44], [-0.61, 10], [-10, 10]]
+    normalizer = RewardNormalizer()
+    normalizer.update(moments(torch.full((6, 2), same)))
+    rewards = np.array([[0, 2.0**-12], [-(2.0**-14), 2.0**-9], [-1.0, 1e9]])
+    expected = np.clip(rewards / np.sqrt(0 + 1e-8), -10, 10)
+    np.testing.assert_allclose(normalizer(torch.from_numpy(rewards).float()), expected, rtol=1e-5)
+    assert expected.round(2).tolist() == [[0, 2.44], [-0.61, 10], [-10, 10]]
 
 
 @pytest.mark.parametrize("cut", [[8], [3, 5], [1, 1, 6]])

@@ -1,23 +1,84 @@
-"""Each process of a machine computes on cores of its own."""
+"""Each process has a device, and computes on cores of its own."""
 
 import os
 
 import pytest
+import torch
 
-from rl.processes.placement import keep_to_own_cores
-from rl.processes.ranks import Ranks
+from rl.processes.placement import choose_device, keep_to_own_cores
+from rl.voice import RunError
+
+
+def launch(monkeypatch, rank, local_rank, world_size, local_world_size):
+    """Pretend that a launcher has started this process."""
+    values = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": local_world_size}
+    for name, value in (values | {"MASTER_ADDR": "localhost", "MASTER_PORT": 0}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def placed(monkeypatch):
+    """A function that returns where the processes of each machine compute: devices, and the one backend of each."""
+
+    def place(num_gpus, machines, processes_on_cpu=0):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        devices, backends, first = [], [], 0
+        for processes in machines:
+            here = []
+            for local_rank in range(processes):
+                launch(monkeypatch, first + local_rank, local_rank, sum(machines), processes)
+                here.append(choose_device(True, processes_on_cpu))
+            devices.append([str(device) for device, _ in here])
+            (backend,) = {backend for _, backend in here}
+            backends.append(backend)
+            first += processes
+        return devices, backends
+
+    return place
+
+
+def test_without_the_flag_all_compute_on_the_cpu_however_many_gpus_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    launch(monkeypatch, 1, 1, 2, 2)
+    assert choose_device(False) == (torch.device("cpu"), "gloo")
+
+
+def test_each_process_has_a_gpu_of_its_own_on_every_machine(placed):
+    assert placed(2, [2, 2]) == ([["cuda:0", "cuda:1"]] * 2, ["nccl", "nccl"])
+    assert placed(4, [3]) == ([["cuda:0", "cuda:1", "cuda:2"]], ["nccl"])
+
+
+def test_processes_that_outnumber_the_gpus_share_them_through_gloo_and_the_first_says_so(placed, capsys):
+    assert placed(2, [5]) == ([["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]], ["gloo"])
+    assert capsys.readouterr().err == "5 processes share 2 GPUs: they talk through gloo, not NCCL\n"
+    placed(1, [2])
+    assert "2 processes share 1 GPU:" in capsys.readouterr().err
+
+
+def test_a_player_stays_on_the_cpu_and_takes_no_gpu_from_the_trainers(placed, capsys):
+    assert placed(2, [3], processes_on_cpu=1) == ([["cpu", "cuda:0", "cuda:1"]], ["nccl"])
+    assert placed(1, [2, 1], processes_on_cpu=1) == ([["cpu", "cuda:0"], ["cuda:0"]], ["nccl", "nccl"])
+    assert capsys.readouterr().err == ""
+    assert placed(1, [3], processes_on_cpu=1) == ([["cpu", "cuda:0", "cuda:0"]], ["gloo"])
+
+
+def test_without_a_gpu_the_flag_is_answered_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RunError, match=r"^--cuda needs a GPU, and PyTorch sees none: leave --cuda out"):
+        choose_device(True)
 
 
 @pytest.fixture
 def kept(monkeypatch):
-    """A machine with some cores: returns those that each of its processes keeps to."""
+    """A machine with some cores: a function that returns those that each of its processes keeps to."""
 
     def keep(cores, num_processes):
         shares = []
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(cores), raising=False)
         monkeypatch.setattr(os, "sched_setaffinity", lambda process, mine: shares.append(list(mine)), raising=False)
         for local_rank in range(num_processes):
-            keep_to_own_cores(Ranks(local_rank + 7, local_rank, num_processes + 7, num_processes))
+            launch(monkeypatch, local_rank + 7, local_rank, num_processes + 7, num_processes)
+            keep_to_own_cores()
         return shares
 
     return keep
@@ -46,4 +107,5 @@ def test_a_single_process_keeps_all_cores(kept):
 
 def test_without_the_system_call_nothing_happens(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
-    keep_to_own_cores(Ranks(0, 0, 2, 2))
+    launch(monkeypatch, 0, 0, 2, 2)
+    keep_to_own_cores()

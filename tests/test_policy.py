@@ -21,11 +21,10 @@ from rl.ppo.normalize import moments
 def test_it_acts_as_the_agent_does_after_normalisation(env_id, flags):
     args = CommonArgs(env_id=env_id, normalize_observations=env_id != "CarRacing-v3", **flags)
     torch.manual_seed(0)
-    observation_space, action_space = read_spaces(args)
-    agent = Agent(observation_space, action_space, args)
+    agent = Agent(*read_spaces(args), args)
     for parameter in agent.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    observations = Batch.zeros(6, observation_space, agent.distribution).observations
+    observations = Batch.zeros(6, agent).observations
     observations += (3 * torch.randn(observations.shape)).abs().to(observations.dtype)
     if args.normalize_observations:
         agent.observation_normalizer.update(moments(observations[None] + 0.5))

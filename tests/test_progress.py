@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rl import progress
 from rl.args import CommonArgs
+from rl.run import progress
 from rl.run.progress import Progress
 
 

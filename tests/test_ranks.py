@@ -17,7 +17,7 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     steps = RANKS * NUM_ENVS * LENGTH
     flags = f"--num-envs {NUM_ENVS} --num-steps {steps} --total-timesteps {UPDATES * steps} --per-rank-batch-size 32"
-    command = torchrun(RANKS, WORKERS / "train_and_keep.py", str(folder), *flags.split())
+    command = torchrun(RANKS, WORKERS / "train_and_keep.py", str(folder), str(ROOT / "train_torch.py"), *flags.split())
     finished = run(command, folder, timeout=60, env={"PYTHONPATH": str(ROOT)})
     assert finished.returncode == 0, finished.output
     assert_no_process_is_left(finished)

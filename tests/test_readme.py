@@ -60,6 +60,7 @@ def test_the_flags_of_a_training_command_parse(command, tmp_path, monkeypatch):
         assert hasattr(args, flag.replace("-", "_"))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["fabric run", "torchrun"])
 def test_the_options_of_a_launcher_are_ones_it_has(launcher):
     program, *subcommand = launcher.split()

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from gymnasium.envs.classic_control import CartPoleEnv
 
-from rl import replay
 from rl.args import CommonArgs
+from rl.environments import replay
 from rl.environments.making import make_envs, reset_envs
 
 ENVIRONMENTS = {

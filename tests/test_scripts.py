@@ -10,17 +10,9 @@ from typing import NamedTuple
 import imageio.v3 as iio
 import pytest
 
+from benchmarks.runs import run_folders, scalars
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
-from tests.launching import (
-    assert_no_process_is_left,
-    fabric_run,
-    hyperparameters,
-    python,
-    run,
-    run_folders,
-    scalars,
-    torchrun,
-)
+from tests.launching import assert_no_process_is_left, fabric_run, hyperparameters, python, run, torchrun
 
 TIMEOUT = 120
 SEED = 7
@@ -55,13 +47,11 @@ LAUNCHES = {
         notices=("--num-steps 512 rounded up to 513, the same for every environment",),
     ),
     "fabric": Launch("fabric run", 2, FABRIC),
-    "fabric, shared": Launch("fabric run", 2, FABRIC, "--share-data", updates=4),
     # One environment, and a policy that hardly learns: short episodes, so more to record and less to render.
     "fabric, alone, videos": Launch(
         "python", 1, FABRIC, "--capture-video --num-envs 1 --num-steps 128 --learning-rate 1e-6", num_steps=128
     ),
     "torch": Launch("torchrun", 2, TORCH),
-    "torch, shared": Launch("torchrun", 2, TORCH, "--share-data", updates=4),
     "torch, alone": Launch(
         "python",
         1,

@@ -1,17 +1,15 @@
+"""With --target-kl an update ends where the policy has moved too far: on all ranks at once, by their mean."""
+
 import json
-import os
 from math import exp
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-import train_torch
+from benchmarks.runs import last_checkpoint, run_folders
 from rl.args import TorchArgs
-from rl.processes.ranks import leave
-from rl.run.command_line import parse
-from tests.launching import ROOT, WORKERS, assert_no_process_is_left, fabric_run, run, run_folders, torchrun
+from tests.launching import ROOT, WORKERS, assert_no_process_is_left, fabric_run, python, run, torchrun
 
 BOUND = 0.3
 EPOCHS, STEPS_OF_AN_EPOCH = 3, 2
@@ -28,28 +26,32 @@ assert [(kl(a) + kl(b)) / 2 > BOUND for a, b in SHIFTS] == [True, False, True, F
 assert kl(1.0) > BOUND and kl(0.8) > BOUND > kl(0.6)  # one rank alone exceeds it in all updates but the second
 
 
+EPOCHS_TAKEN = [1 if (kl(a) + kl(b)) / 2 > BOUND else EPOCHS for a, b in SHIFTS]
+STEPS = [STEPS_OF_AN_EPOCH * epochs for epochs in EPOCHS_TAKEN]
+
+
+def worker(folder, script):
+    """The words of a run of a script that keeps in a folder what happened."""
+    flags = f"--num-steps 64 --total-timesteps {64 * len(SHIFTS)} --num-envs 2 --per-rank-batch-size 16"
+    flags += f" --update-epochs {EPOCHS} --target-kl {BOUND} --learning-rate 1e-12 --test-episodes 1"
+    return [WORKERS / "stop_by_kl.py", str(folder), json.dumps(SHIFTS), str(ROOT / script), *flags.split()]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What two ranks kept of one run."""
     folder = tmp_path_factory.mktemp("target_kl")
-    flags = {"num-steps": 64, "total-timesteps": 64 * len(SHIFTS), "num-envs": 2, "per-rank-batch-size": 16}
-    flags |= {"update-epochs": EPOCHS, "target-kl": BOUND, "learning-rate": 1e-12, "test-episodes": 1}
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    words += ["--normalize-observations", "--normalize-rewards"]
-    worker = [WORKERS / "stop_by_kl.py", str(folder), json.dumps(SHIFTS), *words]
-    finished = run(torchrun(2, *worker), folder, timeout=60, env={"PYTHONPATH": str(WORKERS.parents[1])})
+    command = torchrun(2, *worker(folder, "train_torch.py"), "--normalize-observations", "--normalize-rewards")
+    finished = run(command, folder, timeout=60, env={"PYTHONPATH": str(ROOT)})
     assert finished.returncode == 0, finished.output
     assert_no_process_is_left(finished)
     kept = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-    (run_folder,) = run_folders(folder)
-    checkpoint = max((run_folder / "checkpoints").iterdir())
-    return kept, torch.load(checkpoint, weights_only=True)["agent"]
+    return kept, last_checkpoint(run_folders(folder)[0])["agent"]
 
 
 def test_both_ranks_stop_after_the_first_epoch_where_their_mean_exceeds_the_bound_and_nowhere_else(ranks):
-    epochs = [1 if (kl(a) + kl(b)) / 2 > BOUND else EPOCHS for a, b in SHIFTS]
     for rank in ranks[0]:
-        assert rank["steps"] == [STEPS_OF_AN_EPOCH * count for count in epochs]
+        assert rank["steps"] == STEPS
 
 
 @pytest.mark.parametrize(
@@ -60,17 +62,12 @@ def test_both_ranks_stop_after_the_first_epoch_where_their_mean_exceeds_the_boun
     ],
 )
 def test_with_fabric_the_mean_over_those_that_optimize_decides_as_well(processes, script, options, tmp_path):
-    flags = f"--num-steps 64 --total-timesteps {64 * len(SHIFTS)} --num-envs 2 --per-rank-batch-size 16 --no-compile"
-    flags += f" --update-epochs {EPOCHS} --target-kl {BOUND} --learning-rate 1e-12 --test-episodes 1"
-    worker = [WORKERS / "shift_ratios.py", str(tmp_path), json.dumps(SHIFTS), str(ROOT / script), *flags.split()]
-    command = fabric_run(processes, *worker, options=options)
+    command = fabric_run(processes, *worker(tmp_path, script), "--no-compile", options=options)
     finished = run(command, tmp_path, timeout=90, env={"PYTHONPATH": str(ROOT)})
     assert finished.returncode == 0, finished.output
     assert_no_process_is_left(finished)
-    epochs = [1 if (kl(a) + kl(b)) / 2 > BOUND else EPOCHS for a, b in SHIFTS]
     for place in range(2):
-        steps = json.loads((tmp_path / f"steps{place}.json").read_text())
-        assert steps == [STEPS_OF_AN_EPOCH * count for count in epochs]
+        assert torch.load(tmp_path / f"rank{place}.pt")["steps"] == STEPS
 
 
 def test_the_statistics_of_observations_are_those_of_all_that_both_ranks_have_seen(ranks):
@@ -97,19 +94,12 @@ def test_the_statistics_of_rewards_are_those_of_all_that_both_ranks_have_earned(
     np.testing.assert_allclose(agent["reward_normalizer.moments"], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("bound", "epochs"), [("", 4), ("--target-kl 1e9", 4), ("--target-kl 0.01", 1)])
-def test_a_policy_that_moves_far_is_stopped_only_where_a_bound_says_so(bound, epochs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rates = []
-
-    class CountingAdam(torch.optim.Adam):
-        def step(self, *args, **kwargs):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim, "Adam", CountingAdam)
+@pytest.mark.parametrize(("bound", "epochs"), [("", 4), ("--target-kl 0.01", 1)])
+def test_a_policy_that_moves_far_is_stopped_only_where_a_bound_says_so(bound, epochs, tmp_path):
     flags = "--num-steps 64 --total-timesteps 64 --per-rank-batch-size 32 --update-epochs 4 --test-episodes 1"
-    with mock.patch.dict(os.environ):  # `main` sets the variables of a world of one
-        train_torch.main(parse(TorchArgs, [*flags.split(), "--learning-rate", "0.1", *bound.split()]))
-        leave()
-    assert rates == [0.1] * 2 * epochs
+    command = python("train_torch.py", *flags.split(), "--learning-rate", "0.1", *bound.split())
+    finished = run(command, tmp_path, timeout=60)
+    assert finished.returncode == 0, finished.output
+    optimizer = last_checkpoint(run_folders(tmp_path)[0])["optimizer"]
+    assert optimizer["param_groups"][0]["lr"] == 0.1
+    assert {state["step"].item() for state in optimizer["state"].values()} == {2 * epochs}

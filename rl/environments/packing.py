@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,24 +29,33 @@ def unpack(packed: Tensor) -> list[dict[str, Any]]:
     Raises:
         ValueError: if it holds anything else than `pack` writes.
     """
-    line, _, arrays = packed.numpy().tobytes().partition(b"\n")
-    file = io.BytesIO(arrays)
-
-    def read(value: dict[str, Any]) -> Any:
-        if value.keys() != {"dtype", "shape"}:
-            return value
-        dtype = np.dtype(value["dtype"])
-        if dtype.kind not in "biuf":
-            raise ValueError(f"an array of {dtype}")
-        content = file.read(math.prod(value["shape"]) * dtype.itemsize)
-        return np.frombuffer(content, dtype).reshape(value["shape"])
-
-    states = json.loads(line, object_hook=read)
-    for state in states:
-        if not all(type(state[key]) is int and 0 <= state[key] < 2**63 for key in ("seed", "episode")):
-            raise ValueError("no seed of an episode")
-        if state.keys() > {"seed", "episode"}:
-            kinds = {"actions": np.ndarray, "observation": np.ndarray, "return": float, "numbers": dict}
-            if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
-                raise ValueError("no state of an environment")
+    try:
+        line, _, arrays = packed.numpy().tobytes().partition(b"\n")
+        states = json.loads(line, object_hook=partial(_read_array, io.BytesIO(arrays)))
+        for state in states:
+            _check(state)
+    except (AttributeError, KeyError, OverflowError, RecursionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"no states of environments: {error}") from None
     return states
+
+
+def _read_array(file: io.BytesIO, value: dict[str, Any]) -> Any:
+    """Return the array that is described, the next one of the file; all else as it is."""
+    if value.keys() != {"dtype", "shape"}:
+        return value
+    dtype = np.dtype(value["dtype"])
+    if dtype.kind not in "biuf":
+        raise ValueError(f"an array of {dtype}")
+    content = file.read(math.prod(value["shape"]) * dtype.itemsize)
+    return np.frombuffer(content, dtype).reshape(value["shape"])
+
+
+def _check(state: dict[str, Any]) -> None:
+    if not all(type(state[key]) is int and 0 <= state[key] < 2**63 for key in ("seed", "episode")):
+        raise ValueError("no seed of an episode")
+    if state.keys() > {"seed", "episode"}:
+        kinds = {"actions": np.ndarray, "observation": np.ndarray, "return": float, "numbers": dict}
+        if not all(isinstance(state[key], kind) for key, kind in kinds.items()) or not state["actions"].shape:
+            raise ValueError("no state of an environment")
+        if not all(isinstance(number, float) for number in state["numbers"].values()):
+            raise ValueError("no numbers of an environment")

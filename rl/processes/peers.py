@@ -60,34 +60,44 @@ class Peers:
         """
         self.launchers, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout)))
         signature = f"{socket.gethostname()} {os.getpid()} {uuid4().hex}"
-        attempt, answer = "", ""
+        attempt = uuid4().hex if self.rank == 0 else ""
         if self.rank == 0:
-            host = _own_address()
+            host = _own_address(self.timeout)
             self.own_store = TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-            attempt = uuid4().hex
             self.launchers.set("attempt", attempt)
-        deadline = time.monotonic() + self.timeout
-        while signature not in answer:
+
+        def look() -> str:
+            """Return what rank 0 shows all, empty before it does."""
+            nonlocal attempt
             if self.rank == 0:
-                others = range(1, self.world_size)
-                self.missing = [rank for rank in others if not self.launchers.check([f"{attempt}/{rank}"])]
-                if not self.missing:
-                    signatures = [signature, *(self.launchers.get(f"{attempt}/{rank}").decode() for rank in others)]
-                    answer = "\n".join([f"{host} {self.own_store.port}", *signatures])
-                    self.launchers.set(f"{attempt}/met", answer)
-            elif self.launchers.check(["attempt"]):
-                if attempt != (attempt := self.launchers.get("attempt").decode()):
-                    self.launchers.set(f"{attempt}/{self.rank}", signature)
-                if self.launchers.check([f"{attempt}/met"]):
-                    answer = self.launchers.get(f"{attempt}/met").decode()
-            else:
+                self.missing = [rank for rank in self._others() if not self.launchers.check([f"{attempt}/{rank}"])]
+                if self.missing:
+                    return ""
+                signatures = [self.launchers.get(f"{attempt}/{rank}").decode() for rank in self._others()]
+                shown = "\n".join([f"{host} {self.own_store.port}", signature, *signatures])
+                self.launchers.set(f"{attempt}/met", shown)
+                return shown
+            if not self.launchers.check(["attempt"]):
                 self.missing = [0]
+                return ""
+            self.missing = []
+            if attempt != (attempt := self.launchers.get("attempt").decode()):
+                self.launchers.set(f"{attempt}/{self.rank}", signature)
+            if not self.launchers.check([f"{attempt}/met"]):
+                return ""
+            shown = self.launchers.get(f"{attempt}/met").decode()
+            return shown if signature in shown else ""
+
+        deadline = time.monotonic() + self.timeout
+        while not (shown := self._ask(look, self.timeout)):
+            if self.store_is_lost:
+                raise TimeoutError("the launcher does not answer before the first update")
             if time.monotonic() > deadline:
                 who = ", ".join(f"rank {rank}" for rank in self.missing) or "another rank"
                 raise TimeoutError(f"{who} did not start within {self.timeout:g} s")
-            time.sleep(PAUSE if signature not in answer else 0)
+            time.sleep(PAUSE)
         self.missing = []
-        store_address, *signatures = answer.split("\n")
+        store_address, *signatures = shown.split("\n")
         self.addresses = [Address(host, int(process_id)) for host, process_id, _ in map(str.split, signatures)]
         # A connection of its own, so that it answers while another thread waits on the first one.
         self.store: Store = PrefixStore(attempt, self.launchers.clone())
@@ -232,7 +242,7 @@ class Peers:
             return None
 
 
-def _own_address() -> str:
+def _own_address(timeout: float) -> str:
     """Return an address of this host at which the other processes reach it: the one that the launcher is reached from.
 
     Where the launcher's store is on this host, it is the store's own address.
@@ -240,6 +250,6 @@ def _own_address() -> str:
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not port:
         return master  # plain `python`: nobody else is there
-    with socket.create_connection((master, port)) as connection:
+    with socket.create_connection((master, port), timeout) as connection:
         here, there = connection.getsockname()[0], connection.getpeername()[0]
     return master if here == there else here

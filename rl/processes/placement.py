@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from rl.processes.ranks import read_ranks
-from rl.voice import fail, say
+from rl.voice import RunError, say
 
 
 def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, Literal["gloo", "nccl"]]:
@@ -19,13 +19,13 @@ def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, 
         processes_on_cpu: the first so many of all ranks stay on the CPU all the same.
 
     Raises:
-        SystemExit: if GPUs are wanted and none is visible.
+        RunError: if GPUs are wanted and none is visible.
     """
     ranks = read_ranks()
     if not cuda:
         return torch.device("cpu"), "gloo"
     if not (num_gpus := torch.cuda.device_count()):
-        fail("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
+        raise RunError("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
     first_rank_here = ranks.rank - ranks.local_rank
     on_cpu_here = max(0, processes_on_cpu - first_rank_here)
     on_gpu_here = ranks.local_world_size - on_cpu_here

@@ -162,7 +162,7 @@ def restore_environments(checkpoint: dict[str, Any], collector: Collector) -> No
     """
     try:
         states = [state for packed in checkpoint["environments"] for state in unpack(packed)]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise RunError(f"the run cannot be resumed: its checkpoint is damaged ({error})") from None
     if len(states) <= collector.env_indices[-1]:
         raise RunError("the run cannot be resumed: its checkpoint holds fewer environments than the run has")

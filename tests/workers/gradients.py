@@ -17,7 +17,7 @@ from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import ppo_loss
 from rl.ppo.minibatches import almost_equal_sizes, minibatches
-from rl.processes.ranks import leave
+from rl.run.ending import leave_process_group
 
 OBSERVATIONS, ACTIONS = gym.spaces.Box(-1, 1, (8,)), gym.spaces.Discrete(4)
 
@@ -58,4 +58,4 @@ if __name__ == "__main__":
     results = {case: gradients(*json.loads(case)) for case in sys.argv[2:]}
     if dist.get_rank() == 0:
         torch.save(results, sys.argv[1])
-    leave()
+    leave_process_group()

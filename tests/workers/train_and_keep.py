@@ -1,49 +1,53 @@
-"""Started by torchrun: trains as train_torch.py does, and keeps what each rank saw, drew and learnt.
+"""Started by a launcher: trains as a script does, and keeps what each rank saw, drew and learnt.
 
-Usage: train_and_keep.py OUTPUT FLAGS_OF_TRAIN_TORCH...
+Usage: train_and_keep.py OUTPUT SCRIPT FLAGS_OF_SCRIPT...
 """
 
+import os
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 
-import train_torch
-from rl.args import TorchArgs
-from rl.processes.ranks import leave, read_ranks
-from rl.run.command_line import parse
+from rl.environments import collector
+from rl.environments.collector import Collector
 
 
-def main(output: Path, flags: list[str]) -> None:
+def main(output: Path, script: str) -> None:
     kept = {"observations": [], "actions": [], "noise": [], "weights": []}
     optimizers = []
-    collect_rollout, adam = train_torch.collect_rollout, torch.optim.Adam
+    collect, draw_noise, make_adam = Collector.collect, collector.draw_action_noise, torch.optim.Adam.__init__
 
     def weights():
         return [parameter.detach().clone() for parameter in optimizers[0].param_groups[0]["params"]]
 
-    def keeping_collect_rollout(agent, envs, observations, noise):
-        rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
+    def drawing_and_keeping(*args):
+        kept["noise"].append(draw_noise(*args))
+        return kept["noise"][-1].clone()
+
+    def collecting_and_keeping(own, agent, update):
+        kept["weights"].append(weights())
+        rollout, episodes = collect(own, agent, update)
         kept["observations"].append(rollout.observations.clone())
         kept["actions"].append(rollout.actions.clone())
-        kept["noise"].append(noise.clone())
+        return rollout, episodes
+
+    def making_and_keeping(optimizer, *args, **kwargs):
+        make_adam(optimizer, *args, **kwargs)
+        optimizers.append(optimizer)
+
+    Collector.collect, collector.draw_action_noise = collecting_and_keeping, drawing_and_keeping
+    torch.optim.Adam.__init__ = making_and_keeping
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:  # a script ends with `sys.exit`
         kept["weights"].append(weights())
-        return rollout, observations, episodes
-
-    def keeping_adam(*args, **kwargs):
-        optimizers.append(adam(*args, **kwargs))
-        return optimizers[-1]
-
-    train_torch.collect_rollout = keeping_collect_rollout
-    torch.optim.Adam = keeping_adam
-    train_torch.main(parse(TorchArgs, flags))
-    kept["weights"].append(weights())
-    kept["optimizer"] = [
-        state[name] for state in optimizers[0].state.values() for name in ("step", "exp_avg", "exp_avg_sq")
-    ]
-    torch.save(kept, output / f"rank{read_ranks().rank}.pt")
+        states = optimizers[0].state.values()
+        kept["optimizer"] = [state[name] for state in states for name in ("step", "exp_avg", "exp_avg_sq")]
+        torch.save(kept, output / f"rank{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
-    leave()
+    output, *sys.argv = sys.argv[1:]
+    main(Path(output), sys.argv[0])
