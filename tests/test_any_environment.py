@@ -19,6 +19,8 @@ from rl.ppo.normalize import moments, normalize_advantages
 from tests.spaces_env import GRID, MOTORS, PICTURE_AND_VECTOR, SWITCHES
 
 STEPS, ENVS = 12, 2
+# Steps after which an episode is cut. Atari's counts frames, some of which pass in a reset, which takes half a second.
+LIMIT, ATARI_LIMIT = 5, 48
 DICT_SIZE = 40 * 44 * 3 + 3 + 4
 
 # What the learner is given of an observation, and what it keeps of an action.
@@ -41,9 +43,10 @@ class Training:
     """One rollout of STEPS steps in ENVS environments, and the batch that is made of it."""
 
     def __init__(self, env_id):
+        limit = ATARI_LIMIT if env_id.startswith("ALE/") else LIMIT
         self.args = args = CommonArgs(
             env_id=env_id,
-            env_kwargs=("max_episode_steps=5",),
+            env_kwargs=(f"max_episode_steps={limit}",),
             num_envs=ENVS,
             num_steps=STEPS * ENVS,
             activation_function="tanh",
@@ -82,7 +85,7 @@ def test_the_rollout_has_the_shapes_and_types_of_the_spaces_and_is_finite(traini
     assert (rollout.actions.shape, rollout.actions.dtype) == ((STEPS, ENVS, *action_shape), action_dtype)
     assert all(field.isfinite().all() for field in rollout[:-1])
     assert training.episodes.lengths
-    assert max(training.episodes.lengths) <= 5
+    assert max(training.episodes.lengths) <= (STEPS if "ALE/" in training.args.env_id else LIMIT)
     assert rollout.dones.sum() == len(training.episodes.lengths)
 
 

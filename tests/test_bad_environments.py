@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rl.args import CommonArgs
+from rl.environments import making
+from rl.environments.evaluation import evaluate
 from rl.environments.making import make_envs, read_spaces, reset_envs
 from rl.environments.rollout import collect_rollout
-from rl.evaluate import evaluate
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
 from rl.voice import RunError
@@ -51,6 +52,7 @@ def told(monkeypatch):
     monkeypatch.setattr(ToldEnv, "made", 0)
     monkeypatch.setattr(ToldEnv, "observations", {})
     monkeypatch.setattr(ToldEnv, "rewards", {})
+    making._read_spaces.cache_clear()  # a test may change them
     return ToldEnv
 
 

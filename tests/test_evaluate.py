@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rl.args import CommonArgs
+from rl.environments import evaluation
+from rl.environments.evaluation import evaluate
 from rl.environments.making import read_spaces
-from rl.evaluate import evaluate
 from rl.ppo.agent import Agent
 from rl.seeding import Purpose, stream_seed
 from tests.scripted_env import SCRIPT
@@ -50,7 +51,7 @@ def test_the_returns_of_greedy_episodes_equal_those_of_a_plain_loop(episodes):
 
 def test_the_episodes_are_the_same_if_they_run_one_by_one_to_be_recorded(monkeypatch, tmp_path):
     recorded = []
-    monkeypatch.setattr("rl.evaluate.record_first_episode", lambda *to: recorded.append(to) or (lambda env: env))
+    monkeypatch.setattr(evaluation, "record_first_episode", lambda *to: recorded.append(to) or (lambda env: env))
     agent = make_agent("CartPole-v1", seed=3)
     one_by_one = evaluate(agent, CommonArgs(), 4, seed=7, video_folder=tmp_path).returns
     assert one_by_one.tolist() == evaluate(agent, CommonArgs(), 4, seed=7).returns.tolist()
