@@ -2,6 +2,7 @@ import contextlib
 import re
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -330,6 +331,15 @@ def test_help_can_be_printed_on_any_terminal(capsys, script_args):
 def test_arguments_that_are_not_given_keep_their_defaults():
     assert parse(TorchArgs, []) == TorchArgs()
     assert parse(FabricArgs, []) == FabricArgs()
+
+
+def test_a_flag_beside_resume_is_checked_together_with_the_flags_of_the_run(monkeypatch):
+    checkpoint = {"world_size": 2, "update": 3, "path": "run/checkpoints/update_3.ckpt"}
+    stored = SimpleNamespace(load_checkpoint=lambda path: checkpoint, run_args=lambda *_: DecoupledArgs(cuda=True))
+    monkeypatch.setitem(sys.modules, "rl.run.checkpoints", stored)
+    set_ranks(monkeypatch, world_size=2)
+    args = parse(DecoupledArgs, ["--resume", "run", "--player-on-gpu"])
+    assert args == DecoupledArgs(cuda=True, player_on_gpu=True, resume=checkpoint["path"])
 
 
 def test_a_misspelled_flag_is_refused_with_the_right_one(capsys):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 from gymnasium.spaces import Box, Space
@@ -68,16 +68,18 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     if "" not in sys.path:  # the working directory, where the user's own environments may lie
         sys.path.append("")
     try:
-        args = _parse_flags(argv, script_args())
-        if args.preset is not None:
-            args = _parse_flags(argv, _preset_args(script_args, args.preset))
+        flags = _parse_flags(argv, script_args())
         before = run_before_restart()
         if before is not None and any(before.glob("checkpoints/*.ckpt")):
             args = _resumed(script_args, argv, before, world_size, restarted=True)
-        elif args.resume:
-            args = _resumed(script_args, argv, Path(args.resume), world_size)
-        elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            say("restarted: no checkpoint yet, beginning anew")
+        elif flags["resume"]:
+            args = _resumed(script_args, argv, Path(flags["resume"]), world_size)
+        else:
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+                say("restarted: no checkpoint yet, beginning anew")
+            if flags["preset"] is not None:
+                flags = _parse_flags(argv, _preset_args(script_args, flags["preset"]))
+            args = script_args(**flags)
         args.check_processes(world_size)
         args = replace(args, env_id=resolve_env_id(args.env_id))
         observation_space, action_space = read_spaces(args)
@@ -163,7 +165,7 @@ def _resumed(
     checkpoint = load_checkpoint(run_or_checkpoint)
     known = {field.name for field in fields(script_args)}
     before = run_args(checkpoint, script_args)
-    args = _parse_flags(argv, before)
+    args = script_args(**_parse_flags(argv, before))
     args = replace(args, env_id=resolve_env_id(args.env_id))  # as it was when the run began
     for name in known - CHANGEABLE:
         if getattr(args, name) != getattr(before, name):
@@ -188,9 +190,8 @@ def _resumed(
     return replace(args, resume=str(checkpoint["path"]))
 
 
-def _parse_flags(argv: list[str] | None, defaults: Args) -> Args:
-    """Parse the flags, in the groups that the help shows, into one object of the class of `defaults`."""
-    script_args = type(defaults)
+def _parse_flags(argv: list[str] | None, defaults: CommonArgs) -> dict[str, Any]:
+    """Parse the flags, in the groups that the help shows, and return the values of all arguments by their names."""
     groups = {
         title: group(**{field.name: getattr(defaults, field.name) for field in fields(group)})
         for title, group in GROUPS.items()
@@ -200,8 +201,8 @@ def _parse_flags(argv: list[str] | None, defaults: Args) -> Args:
         parsed = tyro.cli(
             dict,
             default=groups,
-            args=_words(script_args, argv),
-            description=script_args.__doc__,
+            args=_words(type(defaults), argv),
+            description=type(defaults).__doc__,
             config=(tyro.conf.OmitArgPrefixes,),
             console_outputs=is_rank_zero(),
             registry=WHOLE_NUMBERS,
@@ -209,7 +210,7 @@ def _parse_flags(argv: list[str] | None, defaults: Args) -> Args:
     except SystemExit:
         wait_for_rank_zero()
         raise
-    return script_args(**{name: value for group in parsed.values() for name, value in vars(group).items()})
+    return {name: value for group in parsed.values() for name, value in vars(group).items()}
 
 
 def parse_options(options: type[Options]) -> Options:
