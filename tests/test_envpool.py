@@ -20,6 +20,10 @@ ROUNDING = 1e-5  # EnvPool shows its double precision states as float32; a fake 
 CONTROLLER = np.array([0.5, 1.0, 10.0, 2.0])  # push to the side where this sum over the state is positive
 
 
+PHYSICS = CartPoleEnv()
+PHYSICS.reset()
+
+
 def cartpole(num_envs, first_index=0, seed=0):
     envs = make_envs(CommonArgs(env_id="CartPole-v1", env_backend="envpool"), num_envs)
     return envs, reset_envs(envs, seed, first_index).copy()
@@ -27,10 +31,8 @@ def cartpole(num_envs, first_index=0, seed=0):
 
 def successor(state, action):
     """What CartPole's physics makes of a state, and whether the pole has fallen, according to Gymnasium."""
-    physics = CartPoleEnv()
-    physics.reset()
-    physics.state = np.array(state, dtype=np.float64)
-    state, _, fallen, _, _ = physics.step(int(action))
+    PHYSICS.state, PHYSICS.steps_beyond_terminated = np.array(state, dtype=np.float64), None
+    state, _, fallen, _, _ = PHYSICS.step(int(action))
     return state, fallen
 
 
