@@ -5,7 +5,7 @@ On a small network the microseconds that PyTorch adds to each operation are most
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,16 @@ from rl.ppo.loss import ppo_loss
 from rl.ppo.minibatches import minibatch_sizes
 from rl.voice import say_first
 
-GradientStep = Callable[[Batch, float], Tensor]
+
+class GradientStep(Protocol):
+    """Takes a minibatch and the average number of its rows over the ranks, and returns what `Losses` holds, [6]."""
+
+    def __call__(self, minibatch: Batch, mean_rows: float) -> Tensor: ...  # noqa: D102
+
 
 PROVE_EVERY = 1000  # steps; a proof takes a few milliseconds
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,
     "cpp_cache_precompile_headers": False,  # to look for them costs a second, and there is little to compile
     "cpp.vec_isa_ok": True,  # what the processor can do is known; to try it would start a process that imports torch
@@ -55,7 +60,7 @@ def compile_gradient_step(
     hold are views of them.
 
     Args:
-        shown: takes a minibatch and what `ppo_loss` calls `rows`, takes a gradient step, and returns what `Losses`
+        shown: takes a minibatch and what `ppo_loss` calls `mean_rows`, takes a gradient step, and returns what `Losses`
             holds, [6].
         agent: the plain one.
         optimizer: of the agent's parameters; it must not load another state afterwards.
@@ -122,15 +127,15 @@ def compile_gradient_step(
     def take_step(
         minibatch: Batch, rows: float, average: Callable[[Tensor], Tensor], weights: Tensor, *state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rows = torch.tensor(rows, device=weights.device)
+        mean_rows = torch.tensor(rows, device=weights.device)
         if world_size == 1:
-            return compiled_whole(minibatch, rows, weights, *state)
-        gradients, losses = compiled_gradient(weights, minibatch, rows)
+            return compiled_whole(minibatch, mean_rows, weights, *state)
+        gradients, losses = compiled_gradient(weights, minibatch, mean_rows)
         return compiled_descend(average(gradients), weights, *state), losses
 
-    def compiled(minibatch: Batch, rows: float) -> Tensor:
+    def compiled(minibatch: Batch, mean_rows: float) -> Tensor:
         learning_rate.fill_(group["lr"])
-        norm, losses = take_step(minibatch, rows, lambda gradients: sum_over_ranks(gradients) / world_size, *state)
+        norm, losses = take_step(minibatch, mean_rows, lambda gradients: sum_over_ranks(gradients) / world_size, *state)
         if not math.isfinite(norm):
             raise RuntimeError("the norm of the gradient is non-finite")
         return losses
@@ -190,12 +195,12 @@ class ProvenStep:
         self.steps = 0
         self.is_proven = True
 
-    def __call__(self, minibatch: Batch, rows: float) -> Tensor:
+    def __call__(self, minibatch: Batch, mean_rows: float) -> Tensor:
         """Take a gradient step, see `GradientStep`."""
         if self.is_proven and self.steps % PROVE_EVERY == 0:
-            return self._prove(minibatch, rows)
+            return self._prove(minibatch, mean_rows)
         self.steps += 1
-        return (self.fast if self.is_proven else self.shown)(minibatch, rows)
+        return (self.fast if self.is_proven else self.shown)(minibatch, mean_rows)
 
     def _prove(self, minibatch: Batch, rows: float) -> Tensor:
         """Take a step in both ways, and leave behind what the fast one did, or if they differ the shown one."""
@@ -218,7 +223,7 @@ class ProvenStep:
         self, before: AdamState, minibatch: Batch, rows: float
     ) -> tuple[str, tuple[Tensor, AdamState], tuple[Tensor, AdamState]]:
         """Take a step in both ways; return in what they differ, on any rank, and what each led to."""
-        outcomes = []
+        outcomes: list[tuple[Tensor, AdamState]] = []
         for step in (self.shown, self.fast):
             self._set(before)
             losses = step(minibatch, rows)
@@ -226,7 +231,7 @@ class ProvenStep:
         difference = self._difference(before, *outcomes)
         if self._on_any_rank(bool(difference)):
             difference = difference or "as another process found"
-        return difference, *outcomes
+        return difference, outcomes[0], outcomes[1]
 
     def _difference(self, before: AdamState, shown: tuple[Tensor, AdamState], fast: tuple[Tensor, AdamState]) -> str:
         """Return in what the two ways differ by more than rounding, empty if in nothing."""

@@ -45,7 +45,7 @@ def clipped_value_error(values: Tensor, old_values: Tensor, returns: Tensor, cli
 
 
 def ppo_loss(
-    agent: Callable[..., tuple[Tensor, Tensor, Tensor]], minibatch: Batch, mean_rows: float, args: CommonArgs
+    agent: Callable[..., tuple[Tensor, Tensor, Tensor]], minibatch: Batch, mean_rows: float | Tensor, args: CommonArgs
 ) -> Losses:
     """Return the loss of a minibatch: -L^CLIP + c_v L^VF - c_e H (equation 9).
 
