@@ -208,7 +208,7 @@ def use_shared_memory(group: ProcessGroup | None = None) -> ProcessGroup:
         group: None for the group of all.
     """
     old = group or c10d._get_default_group()
-    new = _share(old) if isinstance(old, ProcessGroup) else old
+    new = _share(old) if isinstance(old, ProcessGroup) and not isinstance(old, SharedMemoryGroup) else old
     if new is old:
         return old
     world, name = c10d._world, old.group_name
