@@ -37,10 +37,8 @@ def measure(rank: int, world_size: int, folder: str) -> None:
                     microseconds = time_of(step, tensor, work, rounds)
                     if rank == 0:
                         after = f"after {work * 1e6:.0f} µs of work" if work else "back to back"
-                        print(
-                            f"{backend:13}  {numbers:9,} floats  {kind:22}  {after:20} {microseconds:8.1f} µs",
-                            flush=True,
-                        )
+                        what = f"{backend:13}  {numbers:9,} floats  {kind:22}  {after:20}"
+                        print(f"{what} {microseconds:8.1f} µs", flush=True)
     dist.destroy_process_group()
 
 

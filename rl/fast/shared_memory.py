@@ -80,7 +80,7 @@ class Done(dist._Work):
 
 
 class SharedMemoryGroup(ProcessGroup):
-    """A process group that sums, broadcasts and waits in shared memory, and leaves all else to gloo.
+    """A process group that sums, broadcasts and waits in shared memory, at once, and leaves all else to gloo.
 
     In a round each rank lays a part of its tensor into its slot, sets its counter to the number of the round, and reads
     the slots of the others as their counters get there. A counter of n says that this rank has read all that it wants
@@ -258,7 +258,7 @@ def _share(group: ProcessGroup) -> ProcessGroup:
     rows = [torch.empty_like(own) for _ in range(group.size())]
     gloo.allgather([rows], [own]).wait()
     members = [Member(*row.tolist()) for row in rows]
-    memory = _attach(members[0])
+    memory = _attach(members)
     all_see_it = _all(gloo, memory is not None)
     if descriptor >= 0:
         os.close(descriptor)
@@ -277,14 +277,17 @@ def _name(token: int) -> str:
     return f"sum-{token}-{socket.gethostname()}"
 
 
-def _attach(maker: Member) -> mmap.mmap | None:
-    """Return the memory that a process has made, None if it has not, or on another host.
+def _attach(members: list[Member]) -> mmap.mmap | None:
+    """Return the memory that the first has made, None if it has not, or if not all are seen to run on this host.
 
-    No file leads there, so nothing is left over however the processes end: /proc shows it while the maker lets it.
+    No file leads there, so nothing is left over however the processes end: /proc shows it while the first has it open.
     """
-    path = f"/proc/{maker.process_id}/fd/{maker.descriptor}"
+    first = members[0]
+    path = f"/proc/{first.process_id}/fd/{first.descriptor}"
     try:
-        if os.readlink(path) != f"/memfd:{_name(maker.token)} (deleted)":
+        if os.readlink(path) != f"/memfd:{_name(first.token)} (deleted)":
+            return None
+        if any(_started(member.process_id) != member.started for member in members):
             return None
         descriptor = os.open(path, os.O_RDWR)
     except OSError:

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 
 from rl.fast.shared_memory import SLOT, SharedMemoryGroup, use_shared_memory
@@ -52,7 +53,7 @@ def sum_in_order(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> T
 def check_sums() -> None:
     """Those of two ranks are gloo's; those of more are added in the order of ranks, wherever an element stands."""
     group, gloo, rank = shared_group(), dist.new_group(), dist.get_rank()
-    shapes = [(), (1,), (7,), (0,), (10_000,), (3, 5, 7), (SLOT_NUMBERS,), (SLOT_NUMBERS + 1,), (3 * SLOT_NUMBERS - 1,)]
+    shapes = [(), (1,), (7,), (0,), (10_000,), (3, 5, 7), (SLOT_NUMBERS,), (SLOT_NUMBERS + 1,), (2 * SLOT_NUMBERS - 1,)]
     for dtype in (torch.float32, torch.float64, torch.int64):
         for shape in shapes:
             expected = sum_in_order(shape, dtype)
@@ -166,6 +167,9 @@ def check_group_of_all() -> None:
     rank = torch.tensor([float(dist.get_rank())])
     dist.broadcast(rank, 1)
     assert rank.item() == 1
+    later = dist.new_group(timeout=PATIENCE)
+    dist.all_reduce(total, group=later)
+    assert not isinstance(later, SharedMemoryGroup) and total.item() == dist.get_world_size() ** 2
 
 
 def check_subgroups() -> None:
@@ -251,6 +255,8 @@ def check_all(folder: Path) -> None:
 def wait_in(step: str) -> None:
     """Rank 0 waits for a sum that does not come; what comes over rank 1 is in the hands of the test, or `step`."""
     use_shared_memory()
+    if step == "brief sum":
+        distributed_c10d._set_pg_timeout(BRIEF)
     model = DistributedDataParallel(nn.Linear(3, 3))
     dist.barrier()
     print("ready", flush=True)
@@ -270,7 +276,7 @@ if __name__ == "__main__":
         init_method=f"file://{folder.resolve()}/store",
         rank=rank,
         world_size=world_size,
-        timeout=BRIEF if "brief sum" in sys.argv else PATIENCE,
+        timeout=PATIENCE,
     )
     if len(sys.argv) > 4:
         wait_in(sys.argv[4])
