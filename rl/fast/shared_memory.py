@@ -28,7 +28,7 @@ from rl.voice import say_first
 PROCESSORS = ("x86_64", "AMD64")  # each shows the others its stores in their order; elsewhere nothing promises that
 KINDS = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64, torch.uint8: np.uint8}
 NOTHING = np.empty(0, np.uint8)
-SLOT = 2**18  # bytes that a rank lays down at once: they fit into a cache; larger tensors go in parts
+SLOT = 2**22  # bytes that a rank lays down at once; larger tensors go in parts. What is not used takes no memory.
 LINE = 16  # numbers of 8 bytes: what two processors write is never on one cache line, nor on neighbours
 
 # How a rank waits: some 30 µs it does nothing but look, as the others are about to come. Then it leaves the core to
@@ -38,7 +38,7 @@ LOOKS = 200
 LONGEST_SLEEP = 0.0002  # seconds
 CHECKING = 0.05  # seconds, until and between two checks that the other is alive and the time is not up
 
-PROOF_ROUNDS = 8
+PROOF = (8, 10_000)  # rounds, and numbers in each
 PROOF_TIMEOUT = timedelta(seconds=10)
 TOLERANCE = 1e-5  # of sums over more than two ranks, since gloo adds in another order; rounding leaves 1e-6
 
@@ -298,7 +298,7 @@ def _attach(members: list[Member]) -> mmap.mmap | None:
 def _difference(shared: SharedMemoryGroup) -> str:
     """Return by how much some sums differ from gloo's, empty if by rounding only, which two ranks do not leave."""
     generator = torch.Generator().manual_seed(shared.me)
-    values = torch.randn(PROOF_ROUNDS, SLOT // 4 + 1, generator=generator)  # each of a full slot and one number
+    values = torch.randn(PROOF, generator=generator)
     expected = values.clone()
     shared.gloo.allreduce([expected]).wait()
     shared.timeout = PROOF_TIMEOUT

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 
-from rl.fast.shared_memory import SLOT, SharedMemoryGroup, use_shared_memory
+from rl.fast import shared_memory
+from rl.fast.shared_memory import SharedMemoryGroup, use_shared_memory
 
-SLOT_NUMBERS = SLOT // 4
+SLOT_NUMBERS = 2**16
+shared_memory.SLOT = 4 * SLOT_NUMBERS  # so that little is much
 PATIENCE = timedelta(seconds=60)
 BRIEF = timedelta(seconds=5)
 
