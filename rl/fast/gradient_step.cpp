@@ -21,6 +21,7 @@ constexpr int BYTES = 32;
 typedef Real Vector __attribute__((vector_size(BYTES)));
 typedef Integer Bits __attribute__((vector_size(BYTES)));
 constexpr int64_t WIDTH = BYTES / sizeof(Real);
+constexpr int64_t PANEL = 2 * WIDTH;
 constexpr int64_t CHUNK = 64;  // rows that go through the networks at once: what they leave behind fits into the cache
 
 static Vector load(const Real* from) {
@@ -90,38 +91,57 @@ static void multiply_rows(int64_t rows, int64_t depth, const Real* a, int64_t a_
     if constexpr (R > 1) multiply_rows<TRANSPOSED, R - 1, V>(rows, depth, a, a_stride, b, b_stride, c, c_stride);
 }
 
-// C [rows, columns] += A B
+// C [rows, columns] += A B. Of B, `b_panel` elements lie from one panel of columns to the next.
 template <bool TRANSPOSED>
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const Real* a, int64_t a_stride, const Real* b,
-                     int64_t b_stride, Real* c, int64_t c_stride) {
-    int64_t column = 0;
-    for (; column + WIDTH < columns; column += 2 * WIDTH)
-        multiply_rows<TRANSPOSED, 6, 2>(rows, depth, a, a_stride, b + column, b_stride, c + column, c_stride);
-    if (column < columns)
-        multiply_rows<TRANSPOSED, 6, 1>(rows, depth, a, a_stride, b + column, b_stride, c + column, c_stride);
+                     int64_t b_stride, int64_t b_panel, Real* c, int64_t c_stride) {
+    for (; columns > WIDTH; columns -= PANEL, b += b_panel, c += PANEL)
+        multiply_rows<TRANSPOSED, 6, 2>(rows, depth, a, a_stride, b, b_stride, c, c_stride);
+    if (columns > 0) multiply_rows<TRANSPOSED, 6, 1>(rows, depth, a, a_stride, b, b_stride, c, c_stride);
 }
+
+// A matrix [rows, columns] cut into panels [rows, PANEL], one after the other: what is read together lies together.
+struct Panels {
+    int64_t rows, columns;
+    std::vector<Real> data;
+
+    Panels(int64_t rows, int64_t columns)
+        : rows(rows), columns(columns), data((columns + PANEL - 1) / PANEL * rows * PANEL) {}
+
+    void copy(const Real* from, int64_t row_step, int64_t column_step) {
+        Real* to = data.data();
+        for (int64_t first = 0; first < columns; first += PANEL, from += PANEL * column_step) {
+            int64_t count = std::min(PANEL, columns - first);
+            for (int64_t row = 0; row < rows; ++row, to += PANEL)
+                for (int64_t column = 0; column < count; ++column)
+                    to[column] = from[row * row_step + column * column_step];
+        }
+    }
+
+    // C [c_rows, columns] += A times this
+    void multiply(int64_t c_rows, const Real* a, int64_t a_stride, Real* c, int64_t c_stride) const {
+        ::multiply<false>(c_rows, columns, rows, a, a_stride, data.data(), PANEL, rows * PANEL, c, c_stride);
+    }
+};
 
 // A linear layer, of weights [outputs, inputs], and what it leaves behind in a forward and a backward pass.
 struct Layer {
     int64_t inputs, outputs, weight_offset, bias_offset, in_stride, out_stride;
-    std::vector<Real> weight, weight_gradient;  // [outputs, inputs]
-    std::vector<Real> transposed;               // [inputs, outputs], of the weight
-    std::vector<Real> bias, bias_gradient;      // [outputs]
-    std::vector<Real> values;                   // [CHUNK, outputs], what comes out, after the activation
-    std::vector<Real> slopes;                   // [CHUNK, outputs], derivatives of the loss, before the activation
+    Panels weight, transposed;
+    std::vector<Real> bias, bias_gradient;  // [outputs]
+    std::vector<Real> weight_gradient;      // [outputs, inputs]
+    std::vector<Real> values;               // [CHUNK, outputs], what comes out, after the activation
+    std::vector<Real> slopes;               // [CHUNK, outputs], derivatives of the loss, before the activation
 
     Layer(int64_t inputs, int64_t outputs, int64_t weight_offset, int64_t bias_offset)
         : inputs(inputs), outputs(outputs), weight_offset(weight_offset), bias_offset(bias_offset),
-          in_stride(stride(inputs)), out_stride(stride(outputs)), weight(outputs * in_stride),
-          weight_gradient(outputs * in_stride), transposed(inputs * out_stride), bias(out_stride),
-          bias_gradient(out_stride), values(CHUNK * out_stride), slopes(CHUNK * out_stride) {}
+          in_stride(stride(inputs)), out_stride(stride(outputs)), weight(outputs, inputs), transposed(inputs, outputs),
+          bias(out_stride), bias_gradient(out_stride), weight_gradient(outputs * in_stride),
+          values(CHUNK * out_stride), slopes(CHUNK * out_stride) {}
 
     void begin(const Real* weights) {
-        for (int64_t output = 0; output < outputs; ++output)
-            std::copy_n(weights + weight_offset + output * inputs, inputs, &weight[output * in_stride]);
-        for (int64_t input = 0; input < inputs; ++input)
-            for (int64_t output = 0; output < outputs; ++output)
-                transposed[input * out_stride + output] = weight[output * in_stride + input];
+        weight.copy(weights + weight_offset, inputs, 1);
+        transposed.copy(weights + weight_offset, 1, inputs);
         std::copy_n(weights + bias_offset, outputs, bias.data());
         std::fill(weight_gradient.begin(), weight_gradient.end(), Real(0));
         std::fill(bias_gradient.begin(), bias_gradient.end(), Real(0));
@@ -129,11 +149,13 @@ struct Layer {
 
     void forward(int64_t rows, const Real* from) {
         for (int64_t row = 0; row < rows; ++row) std::copy_n(bias.data(), out_stride, &values[row * out_stride]);
-        multiply<false>(rows, outputs, inputs, from, in_stride, transposed.data(), out_stride, values.data(), out_stride);
+        transposed.multiply(rows, from, in_stride, values.data(), out_stride);
     }
 
+    // Add to the gradients, given the slopes and what the layer was given.
     void backward(int64_t rows, const Real* from) {
-        multiply<true>(outputs, inputs, rows, slopes.data(), out_stride, from, in_stride, weight_gradient.data(), in_stride);
+        multiply<true>(outputs, inputs, rows, slopes.data(), out_stride, from, in_stride, PANEL, weight_gradient.data(),
+                       in_stride);
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t output = 0; output < out_stride; ++output)
                 bias_gradient[output] += slopes[row * out_stride + output];
@@ -179,8 +201,7 @@ struct Perceptron {
             Layer &layer = layers[i], &below = layers[i - 1];
             layer.backward(rows, below.values.data());
             std::fill_n(below.slopes.data(), rows * below.out_stride, Real(0));
-            multiply<false>(rows, layer.inputs, layer.outputs, layer.slopes.data(), layer.out_stride,
-                            layer.weight.data(), layer.in_stride, below.slopes.data(), below.out_stride);
+            layer.weight.multiply(rows, layer.slopes.data(), layer.out_stride, below.slopes.data(), below.out_stride);
             for (int64_t k = 0; k < rows * below.out_stride; k += WIDTH) {
                 Vector value = load(&below.values[k]), slope = load(&below.slopes[k]);
                 store(&below.slopes[k], is_tanh ? slope * (1 - value * value) : value > 0 ? slope : Vector{});

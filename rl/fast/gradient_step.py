@@ -67,7 +67,6 @@ def compile_gradient_step(
     if take_step is None:
         from rl.fast.traced import make_traced_step  # here, for it imports a compiler
 
-        # TODO
         sizes = sorted({size for ranks in minibatch_sizes(num_rows, args, world_size) for size in ranks})
         examples = [Batch(*(field.new_zeros(size, *field.shape[1:]) for field in template)) for size in sizes]
         try:

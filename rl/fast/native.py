@@ -33,6 +33,7 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-er
 INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx512f", "-mavx512dq", "-mavx2", "-mfma")}
 REALS = {torch.float32: "float", torch.float64: "double"}
 KINDS = {Categorical: 0, MultiCategorical: 0, Bernoulli: 1, DiagonalGaussian: 2}
+MOST_WEIGHTS = 500_000  # of larger networks PyTorch's matrix products are as fast, and almost all that takes time
 PROOF_ROWS = 70  # more than go through the networks at once
 
 
@@ -41,7 +42,7 @@ def make_native_step(
 ) -> Callable[[Batch, float], tuple[float, Tensor]] | None:
     """Return a function that takes a gradient step and returns the norm of the gradient and what `Losses` holds, [6].
 
-    None where the agent is not two perceptrons on the CPU. None too, with a line, where there is no C++ compiler, or
+    None where the agent is not two perceptrons on the CPU, or large ones. None too, with a line, where there is no C++ compiler, or
     where the gradient of random rows is not that of `ppo_loss`: agent or loss were edited.
 
     Args:
@@ -204,7 +205,12 @@ def _describe(agent: Agent, flat: FlatAdam, template: Batch) -> list[Any] | None
     if kind is DiagonalGaussian:
         unknown -= {"distribution.log_std"}
     is_known = not unknown and kind in KINDS and activations in ({nn.ReLU}, {nn.Tanh}) and weights.dtype in REALS
-    if not is_known or weights.device.type != "cpu" or template.observations.dtype != weights.dtype:
+    if (
+        not is_known
+        or len(weights) > MOST_WEIGHTS
+        or weights.device.type != "cpu"
+        or template.observations.dtype != weights.dtype
+    ):
         return None
     choices = {Categorical: lambda: [distribution.num_outputs], MultiCategorical: lambda: distribution.sizes}
     chosen = choices[kind]() if kind in choices else []

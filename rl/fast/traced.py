@@ -43,6 +43,7 @@ def make_traced_step(
     group = flat.group
     beta1, beta2 = group["betas"]
     learning_rate = torch.zeros(1, dtype=torch.float64, device=flat.state.weights.device)  # a scalar is traced twice
+
     def loss(weights: Tensor, minibatch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
         pieces = zip(flat.named.items(), weights.split(flat.sizes), strict=True)
         views = {name: piece[: parameter.numel()].view_as(parameter) for (name, parameter), piece in pieces}
