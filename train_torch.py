@@ -13,7 +13,7 @@ from rl.run.command_line import parse
 if __name__ == "__main__":
     args = parse(TorchArgs)  # before the slow imports, so that --help and mistakes are answered at once
 
-import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,97 +21,62 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
-from rl.environments.making import make_envs, read_spaces, record_training, reset_envs
-from rl.environments.rollout import collect_rollout
-from rl.evaluate import evaluate
+from rl.environments.collector import Collector
 from rl.fast.gradient_step import compile_gradient_step
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
-from rl.ppo.distributions import draw_action_noise
-from rl.ppo.gae import generalized_advantage_estimation
 from rl.ppo.loss import Losses, ppo_loss
-from rl.ppo.minibatches import minibatch_sizes, minibatches
-from rl.ppo.normalize import moments, normalize_advantages
+from rl.ppo.metrics import sum_up
+from rl.ppo.minibatches import minibatches
+from rl.ppo.prepare import prepare_batch
 from rl.processes.agreement import check_agreement, weights_checksum
-from rl.processes.peers import join
-from rl.processes.placement import keep_to_own_cores, place
-from rl.processes.ranks import read_ranks
-from rl.run.checkpoints import Checkpoints, restore, shared_checkpoint
-from rl.run.ending import at_end, give_up, run, updates
-from rl.run.folder import choose_run_folder, hyperparameter_table
-from rl.run.metrics import name_means, sum_episodes, sum_losses
-from rl.run.progress import Progress
+from rl.processes.placement import choose_device
+from rl.run.ending import start
+from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
+from rl.voice import going_on_without
 
 
 def main(args: TorchArgs) -> None:
     """Train an agent, then test it."""
-    # Launch: torchrun tells each process its rank. One thread each, on its own cores, so that none is in the way.
-    torch.set_num_threads(1)
-    ranks = read_ranks()
-    rank, world_size = ranks.rank, ranks.world_size
-    device, backend = place(args.cuda, ranks)
-    join(ranks, backend, args.timeout, device)
-    keep_to_own_cores(ranks)
-
-    # Checkpoint to go on from, if any
-    checkpoint = shared_checkpoint(args, device)
-    done = checkpoint["update"] if checkpoint else 0
-    steps = args.steps_per_update(world_size)  # of all environments together
-
-    # Log: only rank 0 writes.
-    run_folder = choose_run_folder(args)
-    logger = SummaryWriter(run_folder, purge_step=done * steps) if rank == 0 else None
-    if rank == 0:
-        at_end(logger.close)
-        logger.add_text("hyperparameters", hyperparameter_table(args))
-    progress = Progress(args, steps, enabled=rank == 0, done=done)
-
-    def log(scalars: dict[str, float], update: int) -> None:
-        if rank == 0:
-            with give_up("the log"):
-                for tag, value in scalars.items():
-                    logger.add_scalar(tag, value, update * steps)
-                logger.flush()
+    # Launch: torchrun has given this process a rank. All ranks meet in one process group.
+    device, backend = choose_device(args.cuda)
+    gpu = device if backend == "nccl" else None
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=gpu)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
 
     # Exchange: sums over all ranks, and the rows of all ranks one after the other.
     def sum_over_ranks(tensor: Tensor) -> Tensor:
-        if world_size > 1:
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
         return tensor
 
-    def gather(rows: Tensor) -> Tensor:
+    def gather_rows(rows: Tensor) -> Tensor:
         all_rows = rows.new_empty(world_size * len(rows), *rows.shape[1:])
         dist.all_gather_single(all_rows, rows)
         return all_rows
 
+    # Log: only rank 0 writes, into the folder of the run.
+    run = Run(args, rank, world_size, gather_rows)
+    logger = SummaryWriter(run.folder, purge_step=run.purge_step) if rank == 0 else None
+    run.open_log(logger)
+
+    def log(scalars: dict[str, float], update: int) -> None:
+        if logger:
+            with going_on_without("the log"):
+                for tag, value in scalars.items():
+                    logger.add_scalar(tag, value, update * run.steps)
+                logger.flush()
+
+    # Environments: no two are alike, on any rank.
+    collector = run.closing(Collector(args, rank, world_size, run.train_videos))
+
     # Agent: the plain one acts, is tested and saved; the wrapped one only takes gradient steps.
     torch.manual_seed(stream_seed(args.seed, Purpose.NETWORK))
-    observation_space, action_space = read_spaces(args)
-    agent = Agent(observation_space, action_space, args).to(device)
+    agent = Agent(collector.observation_space, collector.action_space, args).to(device)
     ddp_agent = DistributedDataParallel(agent) if world_size > 1 else agent
 
     # Optimizer
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-
-    # Environments: all different, over ranks and within a rank. The first of all is recorded.
-    env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
-    record = record_training(run_folder / "train_videos") if args.capture_video and rank == 0 else None
-    envs = make_envs(args, args.num_envs, record)
-    at_end(envs.close)
-    observations = reset_envs(envs, args.seed, env_indices[0])
-    checkpoints = Checkpoints(run_folder, args, envs, gather if world_size > 1 else None, done)
-
-    # Resume: agent, optimizer and environments go back to where the checkpoint found them.
-    scalars: dict[str, float] = {}
-    if checkpoint:
-        # One backward pass before all others: after it DistributedDataParallel orders the gradients anew, and the last
-        # bit of a sum over three ranks depends on their order.
-        row = Batch.zeros(1, observation_space, agent.distribution).to(device)
-        ppo_loss(ddp_agent, row, 1, args).loss.backward()
-        observations = restore(checkpoint, agent, optimizer, envs, env_indices[0])
-        scalars = checkpoint["scalars"]
-        log(scalars, done)  # from here on the log is written anew
 
     # Gradient step: the backward pass averages the gradients over all ranks, so all take the same step.
     def gradient_step(minibatch: Batch, mean_rows: float) -> Tensor:
@@ -122,83 +87,47 @@ def main(args: TorchArgs) -> None:
         optimizer.step()
         return torch.stack(losses).detach()
 
-    # A compiled graph stands in for it in a long run. It proves at once, and now and then, that it does the same; what
-    # is shown above is called for the proof alone, unless the proof fails.
-    if args.compiles(steps, world_size):
-        sizes = {ranks[rank] for ranks in minibatch_sizes(steps, args, world_size)}
-        examples = [Batch.zeros(size, observation_space, agent.distribution).to(device) for size in sorted(sizes)]
+    # Resume: agent, optimizer and environments go back to where a checkpoint found them.
+    run.restore(agent, optimizer, collector, gradient_step)
+
+    # Compile: in a long run one graph stands in for the step above. From here on the wrapped agent, the backward pass,
+    # clipping and the optimizer run only when the graph proves itself against them, or if it cannot.
+    if args.compiles(run.steps, world_size):
         gradient_step = compile_gradient_step(
-            gradient_step, agent, optimizer, args, examples, sum_over_ranks, world_size
+            gradient_step, agent, optimizer, args, run.steps, sum_over_ranks, world_size
         )
 
     # Loop over updates
-    start = time.perf_counter()
-    for update in updates(done, args.num_updates):
+    for update in run.updates():
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
-        # Rollout: T steps in each environment.
-        noise = draw_action_noise(
-            agent.distribution, args.rollout_length(world_size), env_indices, args.seed, update, args.noise_correlation
-        )
-        rollout, observations, episodes = collect_rollout(agent, envs, observations, noise)
-        envs.mark(update)
-
-        # Normalise: statistics over all ranks; those of the observations count from the next rollout on.
-        if args.normalize_observations:
-            agent.observation_normalizer.update(sum_over_ranks(moments(rollout.raw_observations)))
-        if args.normalize_rewards:
-            sums = sum_over_ranks(agent.reward_normalizer.new_moments(rollout.rewards, rollout.dones))
-            agent.reward_normalizer.update(sums)
-        rewards = agent.reward_normalizer(rollout.rewards)
-
-        # Advantages, normalised over all ranks
-        advantages = generalized_advantage_estimation(
-            rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
-        )
-        returns = advantages + rollout.values
-        if args.normalize_advantages:
-            advantages = normalize_advantages(advantages, sum_over_ranks(moments(advantages)))
-        batch = Batch.from_rollout(rollout, advantages, returns)
+        # Rollout: T steps in each environment, then the advantages, with statistics over all ranks.
+        rollout, episodes = collector.collect(agent, update)
+        batch = prepare_batch(rollout, agent, args, sum_over_ranks)
 
         # Share: every rank receives the rows of all ranks.
         if args.share_data:
-            batch = batch.unpack(gather(batch.pack()))
+            batch = batch.unpack(gather_rows(batch.pack()))
 
         # Optimize
         losses = []
         for epoch in range(args.update_epochs):
-            for minibatch, mean_rows in minibatches(batch, steps, args, update, epoch, rank, world_size):
+            for minibatch, mean_rows in minibatches(batch, run.steps, args, update, epoch, rank, world_size):
                 losses.append(gradient_step(minibatch, mean_rows))
-            if args.target_kl is not None:
-                kl = sum_over_ranks(Losses(*losses[-1]).approx_kl.clone())
-                if kl / world_size > args.target_kl:
-                    break
+            kl = Losses(*losses[-1]).approx_kl.clone()
+            if args.target_kl and sum_over_ranks(kl) / world_size > args.target_kl:
+                break
 
         # Guard: all ranks hold the same weights.
-        if update in (done + 1, args.num_updates):
-            check_agreement(gather(weights_checksum(agent)), update)
+        check_agreement(gather_rows(weights_checksum(agent)), update)
 
-        # Log: means over all ranks. Where no episode ended, the last mean return stands.
-        sums = torch.cat([sum_episodes(episodes).to(device), sum_losses(losses)])
-        scalars |= name_means(sum_over_ranks(sums))
-        scalars["Info/learning_rate"] = args.learning_rate_at(update)
-        start, before = time.perf_counter(), start
-        scalars["Time/step_per_second"] = steps / (start - before)
-        log(scalars, update)
-        progress.show(update, scalars)
-
-        # Checkpoint: what all ranks hold is the same but for their environments.
-        checkpoints.add(update, agent.state_dict(), optimizer, scalars)
+        # Log and checkpoint: means over all ranks.
+        log(run.means(update, sum_over_ranks(sum_up(episodes, losses))), update)
+        run.end_update(update, agent, optimizer, collector)
 
     # Test: greedy episodes.
-    progress.close()
-    if rank == 0:
-        test_videos = run_folder / "test_videos" if args.capture_video else None
-        results = evaluate(agent, args, args.test_episodes, args.seed, video_folder=test_videos)
-        test_return = results.returns.mean()
-        log({"Test/cumulative_reward": test_return}, args.num_updates)
-        print(f"mean return of {args.test_episodes} test episodes: {test_return:.1f}, run: {run_folder}")
+    log(run.test(agent), args.num_updates)
 
 
 if __name__ == "__main__":
-    run(main, args)
+    start(main, args)

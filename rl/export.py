@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from rl.environments.making import read_spaces
 from rl.ppo.agent import Agent
-from rl.run.checkpoints import load_agent
 from rl.run.command_line import parse_options
+from rl.run.resuming import load_agent
 from rl.spaces import stored_dtype, stored_space
 from rl.voice import fail
 
@@ -74,7 +74,7 @@ def export(agent: Agent, observations: Tensor, path: Path) -> None:
             verbose=False,
         )
     try:
-        program.save(path)
+        program.save(path)  # type: ignore[union-attr]
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     (actions,) = onnxruntime.InferenceSession(path).run(None, {"observation": observations.numpy()})

@@ -5,7 +5,7 @@ To support another space, describe it here, and add its module to `rl/ppo/encode
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard, cast
 
 import gymnasium as gym
 import numpy as np
@@ -56,7 +56,7 @@ def observation_parts(space: gym.Space) -> list[Image | Vector]:
     )
 
 
-def is_image(space: gym.Space) -> bool:
+def is_image(space: gym.Space) -> TypeGuard[Box]:
     """Whether a space is a Box with two long axes and, before or after them, at most a short one of channels."""
     if not isinstance(space, Box) or len(space.shape) not in (2, 3):
         return False
@@ -70,7 +70,7 @@ def is_image(space: gym.Space) -> bool:
 
 def stored_space(space: gym.Space) -> Box:
     """Return the space of the observations that reach the learner: an image as it is, everything else flat."""
-    return space if is_image(space) else gym.spaces.flatten_space(space)
+    return space if is_image(space) else cast("Box", gym.spaces.flatten_space(space))
 
 
 def stored_dtype(space: gym.Space) -> str:

@@ -3,8 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO, cast
 
 from tqdm import tqdm
@@ -105,3 +105,24 @@ def _alone(topic: str) -> bool:
 
 
 _is_first: Callable[[str], bool] = _alone
+_given_up: set[str] = set()
+
+
+@contextmanager
+def going_on_without(what: str) -> Iterator[None]:
+    """Go on where the disk does not take something; one line says so, once."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error  # Lightning's logger wraps it
+        if not isinstance(cause, OSError):
+            raise
+        if what not in _given_up:
+            reason = cause.strerror or " ".join(str(cause).split())[:200]
+            say(f"warning: {what} cannot be written ({reason}): training goes on without")
+        _given_up.add(what)
+
+
+def has_given_up() -> bool:
+    """Whether a line has said that the disk does not take something."""
+    return bool(_given_up)

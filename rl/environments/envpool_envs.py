@@ -41,7 +41,9 @@ class EnvPoolEnvs(VectorEnv):
         )
         self.action_dtype = np.float32 if isinstance(action_space, gym.spaces.Box) else np.int32
 
-    def reset(self, *, seed: list[int], options: None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(  # type: ignore[override]  # each environment has a seed
+        self, *, seed: list[int], options: None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Make the environments with these seeds, one each, and return their first observations [N, *shape]."""
         self.seeds, self.episodes = list(seed), np.zeros(self.num_envs, dtype=np.int64)
         self.episode_returns, self.episode_lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)

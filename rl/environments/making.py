@@ -3,24 +3,28 @@
 import os
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import find_highest_version, parse_env_id
 from gymnasium.error import DeprecatedEnv, UnregisteredEnv, VersionNotFound
-from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 
-from rl.args import EnvironmentArgs
+from rl.args import CommonArgs, EnvironmentArgs
 from rl.environments.replay import ReplayableEnv, ReplayableEnvs
 from rl.seeding import Purpose, stream_seed
 from rl.spaces import check_action_space, is_image, observation_parts
-from rl.voice import say
+from rl.voice import going_on_without, say
+
+if TYPE_CHECKING:
+    from rl.environments.envpool_envs import EnvPoolEnvs
+
+    Envs = ReplayableEnvs | EnvPoolEnvs  # those that can be put back, and the other kind
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, no display is asked for
 gym.logger.min_level = gym.logger.ERROR  # its warnings are for authors of environments
@@ -45,11 +49,17 @@ def resolve_env_id(env_id: str) -> str:
 
 
 def read_spaces(args: EnvironmentArgs) -> tuple[gym.Space, gym.Space]:
-    """Make the environment once and return its observation space and its action space.
+    """Return the observation space and the action space of the environment, which is made once to be asked.
 
     Raises:
         ValueError: in one line, if it cannot be made or has a space that is not supported.
     """
+    return _read_spaces(args.env_id, tuple(args.env_kwargs))
+
+
+@cache
+def _read_spaces(env_id: str, env_kwargs: tuple[str, ...]) -> tuple[gym.Space, gym.Space]:
+    args = CommonArgs(env_id=env_id, env_kwargs=env_kwargs)
     try:
         with _make(args) as env:
             observation_space, action_space = env.observation_space, env.action_space
@@ -97,9 +107,7 @@ class Recorder(RecordVideo):
 
     def stop_recording(self) -> None:
         """Write the video."""
-        from rl.run.ending import give_up  # here, because it imports torch
-
-        with give_up("a video"):
+        with going_on_without("a video"):
             super().stop_recording()
         self.recorded_frames, self.recording, self._video_name = [], False, None
 
@@ -119,8 +127,10 @@ def record_first_episode(folder: Path, name: str) -> Callable[[gym.Env], gym.Env
     return record
 
 
-def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> VectorEnv:
+def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], gym.Env] | None = None) -> "Envs":
     """Make environments that step together, with episode statistics; observations are images, or flat.
+
+    Gymnasium's can be put back exactly where they were, EnvPool's begin new episodes instead.
 
     Args:
         args: all of `EnvironmentArgs` but `num_envs`.
@@ -129,7 +139,7 @@ def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], 
             alone makes every step three times slower.
     """
 
-    def make_env(record: Callable[[gym.Env], gym.Env] | None) -> gym.Env:
+    def make_env(record: Callable[[gym.Env], gym.Env] | None) -> ReplayableEnv:
         env = record(_make(args, render_mode="rgb_array")) if record else _make(args)
         space = env.observation_space
         is_flat = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
@@ -143,7 +153,7 @@ def make_envs(args: EnvironmentArgs, num_envs: int, record: Callable[[gym.Env], 
     return ReplayableEnvs([partial(make_env, record if index == 0 else None) for index in range(num_envs)])
 
 
-def reset_envs(envs: VectorEnv, seed: int, first_index: int, purpose: Purpose = Purpose.ENVIRONMENT) -> np.ndarray:
+def reset_envs(envs: "Envs", seed: int, first_index: int, purpose: Purpose = Purpose.ENVIRONMENT) -> np.ndarray:
     """Reset all environments, each with its own seed, and return their first observations [N, *shape].
 
     Args:

@@ -5,11 +5,11 @@ can be replayed: a reset with the same seed, then the same actions. So that is w
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from rl.seeding import episode_seed
@@ -28,7 +28,7 @@ class ReplayableEnv(gym.Wrapper):
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        self.step = env.step  # nothing to add, so no layer that every step must pass
+        self.step = env.step  # type: ignore[method-assign]  # nothing to add, so no layer that every step must pass
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, in a new world."""
@@ -81,15 +81,20 @@ class ReplayableEnvs(SyncVectorEnv):
         make_env: a function for each environment.
     """
 
+    envs: list[ReplayableEnv]  # type: ignore[assignment]
+
     def __init__(self, make_env: Sequence[Callable[[], ReplayableEnv]]) -> None:
         super().__init__(make_env, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
-        self.observations = np.zeros(self.observation_space.shape, dtype=self.observation_space.dtype)
+        batched = cast("Box", self.observation_space)
+        self.observations: np.ndarray = np.zeros(batched.shape, dtype=batched.dtype)
+        self.action_shape = cast("tuple[int, ...]", self.action_space.shape)
         self.shape = self.observations.shape[1:]  # of one observation
         self.length = self.shape[0] if len(self.shape) == 1 else None  # tells vectors apart, faster than the shape
         self.rewards = np.zeros(self.num_envs)
         self.terminations = np.zeros(self.num_envs, dtype=bool)
         self.truncations = np.zeros(self.num_envs, dtype=bool)
         self.episode_returns = np.zeros(self.num_envs)
+        self.marks: dict[int, Mark] = {}
         self.action_dtype = _smallest_dtype(self.single_action_space)
         self._forget(num_steps=0)
 
@@ -98,7 +103,7 @@ class ReplayableEnvs(SyncVectorEnv):
         """Steps of the running episodes, [N]."""
         return self.num_steps - self.first
 
-    def reset(
+    def reset(  # type: ignore[override]  # each environment has a seed
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Reset all environments; the array of observations is used again by each step.
@@ -160,7 +165,7 @@ class ReplayableEnvs(SyncVectorEnv):
         mark = self.marks[update]
         states = []
         for index, first in enumerate(mark.first):
-            state = {"seed": self.seeds[index], "episode": int(mark.episodes[index])}
+            state: dict[str, Any] = {"seed": self.seeds[index], "episode": int(mark.episodes[index])}
             if first >= max(self.kept_from, mark.num_steps - LONGEST_REPLAY):
                 state |= {
                     "actions": self.actions[first - self.kept_from : mark.num_steps - self.kept_from, index],
@@ -250,17 +255,17 @@ class ReplayableEnvs(SyncVectorEnv):
     def _forget(self, num_steps: int) -> None:
         """Forget all actions and marks, and begin to count after `num_steps` vector steps."""
         self.num_steps, self.kept_from = num_steps, 0
-        self.actions = np.zeros((num_steps + LEAST_ROOM, *self.action_space.shape), dtype=self.action_dtype)
+        self.actions = np.zeros((num_steps + LEAST_ROOM, *self.action_shape), dtype=self.action_dtype)
         self.first = np.full(self.num_envs, num_steps)
         self.episodes = np.zeros(self.num_envs, dtype=np.int64)
-        self.marks: dict[int, Mark] = {}
+        self.marks = {}
 
     def _make_room(self) -> None:
         """Drop the actions that no state needs, and make room for more."""
         needed = min([self.first.min(), *(mark.first.min() for mark in self.marks.values())])
         needed = max(needed, self.num_steps - LONGEST_REPLAY, self.kept_from)
         kept = self.actions[needed - self.kept_from : self.num_steps - self.kept_from]
-        room = np.zeros((max(len(kept), LEAST_ROOM), *self.action_space.shape), dtype=kept.dtype)
+        room = np.zeros((max(len(kept), LEAST_ROOM), *self.action_shape), dtype=kept.dtype)
         self.actions, self.kept_from = np.concatenate([kept, room]), needed
 
 
@@ -288,7 +293,7 @@ def _smallest_dtype(space: gym.Space) -> np.dtype:
         return np.promote_types(
             np.min_scalar_type(np.min(space.start)), np.min_scalar_type(np.max(space.start + count - 1))
         )
-    return space.dtype
+    return np.dtype(space.dtype)
 
 
 def _changed(before: dict[str, float], after: dict[str, float]) -> list[str]:
@@ -296,7 +301,7 @@ def _changed(before: dict[str, float], after: dict[str, float]) -> list[str]:
     return sorted(name for name, number in before.items() if after.get(name) != number)
 
 
-def _renew_world(env: gym.Env) -> None:
+def _renew_world(env: Any) -> None:
     """Give an environment that uses its Box2D world again (BipedalWalker, CarRacing) a new one.
 
     In a used world the order of contacts, and so the last bits of an episode, depends on the episodes before.

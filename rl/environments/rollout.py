@@ -1,8 +1,9 @@
 """The rollout: what the environments answered to the agent. The only loop over environment steps."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from rl.environments.replay import EnvironmentFailure
@@ -12,12 +13,15 @@ from rl.ppo.batch import Episodes, Rollout
 from rl.spaces import stored_dtype
 from rl.voice import RunError
 
+if TYPE_CHECKING:
+    from rl.environments.making import Envs
+
 ROWS_AT_ONCE = 2048  # bounds the memory that a convolutional network takes for a whole rollout
 
 
 @torch.no_grad()
 def collect_rollout(
-    agent: Agent, envs: VectorEnv, observations: np.ndarray, noise: Tensor
+    agent: Agent, envs: "Envs", observations: np.ndarray, noise: Tensor
 ) -> tuple[Rollout, np.ndarray, Episodes]:
     """Let the agent act in the environments, T steps in each.
 
@@ -38,11 +42,11 @@ def collect_rollout(
     """
     device = next(agent.parameters()).device
     shape = noise.shape[:2]  # T, N
-    noise = noise.numpy()
+    all_noise = noise.numpy()
     # Torch allocates what the network reads, at addresses that are aligned: the last bit of a matrix product depends
     # on that. The environments fill NumPy's view of it.
     dtype = getattr(torch, stored_dtype(envs.single_observation_space))
-    raw = torch.empty(len(noise) + 1, *observations.shape, dtype=dtype)
+    raw = torch.empty(len(all_noise) + 1, *observations.shape, dtype=dtype)
     acted = agent.distribution.empty_actions(*shape)
     raw_observations, actions = raw.numpy(), acted.numpy()
     rewards = np.empty(shape, dtype=np.float32)
@@ -53,12 +57,14 @@ def collect_rollout(
 
     raw_observations[0] = observations
     policy, to_env = make_policy(agent, raw_observations[0]), agent.distribution.to_env
-    for t in range(len(noise)):
-        actions[t] = action = policy(raw_observations[t], noise[t])
+    for t in range(len(all_noise)):
+        actions[t] = action = policy(raw_observations[t], all_noise[t])
         try:
             step = envs.step(to_env(torch.from_numpy(action)).numpy())
         except EnvironmentFailure as failure:
-            _check_finite(raw_observations[: t + 1], rewards[:t], final_observations)  # may be what it died of
+            _check_finite(
+                raw_observations[: t + 1], rewards[:t], final_observations
+            )  # an action of NaN, say, comes of it
             raise EnvironmentFailure(failure.who, failure.reason, f" in step {t}") from failure
         raw_observations[t + 1], rewards[t], terminations[t], truncations[t], info = step
         if "final_obs" in info:

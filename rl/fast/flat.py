@@ -1,10 +1,17 @@
 """The weights of an agent and the state of its Adam, each in one tensor."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+
+# Takes a gradient step and returns the norm of the gradient and what `Losses` holds, [6].
+FastStep = Callable[[Batch, float], tuple[Any, Tensor]]
 
 # Elements. Each weight begins at an address that is aligned as if it were alone: the last bit of a matrix product
 # depends on that, and the player of the decoupled script, which compiles nothing, must act as a coupled script does.
@@ -29,7 +36,7 @@ class FlatAdam(NamedTuple):
     sizes: list[int]  # elements of each one in `state.weights`, padding included
 
     @classmethod
-    def of(cls, agent: nn.Module, optimizer: Optimizer) -> "FlatAdam":
+    def of(cls, agent: Agent, optimizer: Optimizer) -> "FlatAdam":
         """Move all weights into one tensor, and so each part of Adam's state.
 
         What the agent and the optimizer hold are views of them from then on.
@@ -40,6 +47,13 @@ class FlatAdam(NamedTuple):
         sizes = [parameter.numel() + -parameter.numel() % ALIGNMENT for parameter in named.values()]
         moments = (_flatten([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq", "step"))
         return cls(AdamState(_flatten(list(named.values())), *moments), group, named, sizes)
+
+
+def zero_rows(num_rows: int, agent: Agent) -> Batch:
+    """Return rows of zeros, all that is not an integer in the type of the weights."""
+    dtype = next(agent.parameters()).dtype
+    zeros = Batch.zeros(num_rows, agent)
+    return Batch(*(field.to(dtype) if field.is_floating_point() else field for field in zeros))
 
 
 def _adam_states(optimizer: Optimizer) -> list[dict[str, Tensor]]:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rl.args import CommonArgs
-from rl.fast.flat import ALIGNMENT, AdamState, FlatAdam
+from rl.fast.flat import ALIGNMENT, AdamState, FastStep, FlatAdam
 from rl.fast.native import make_native_step
+from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.minibatches import minibatch_sizes
 from rl.voice import say_first
@@ -25,10 +26,9 @@ PROVE_EVERY = 1000  # steps; a proof takes a few milliseconds
 
 def compile_gradient_step(
     shown: GradientStep,
-    agent: nn.Module,
+    agent: Agent,
     optimizer: Optimizer,
     args: CommonArgs,
-    template: Batch,
     num_rows: int,
     sum_over_ranks: Callable[[Tensor], Tensor],
     world_size: int,
@@ -40,12 +40,11 @@ def compile_gradient_step(
     (`FlatAdam`).
 
     Args:
-        shown: takes a minibatch and what `ppo_loss` calls `rows`, takes a gradient step, and returns what `Losses`
+        shown: takes a minibatch and what `ppo_loss` calls `mean_rows`, takes a gradient step, and returns what `Losses`
             holds, [6].
         agent: the plain one.
         optimizer: of the agent's parameters; it must not load another state afterwards.
         args: of the run.
-        template: a batch without rows, of the shapes and types that will come, on the device of the agent.
         num_rows: rows of an update, over all ranks that optimize.
         sum_over_ranks: adds up a tensor over these ranks.
         world_size: the number of these ranks.
@@ -60,22 +59,20 @@ def compile_gradient_step(
     say_first("compiling", "compiling the gradient step (--no-compile starts at once and is slower)")
     flat = FlatAdam.of(agent, optimizer)
     average = (lambda gradient: sum_over_ranks(gradient) / world_size) if world_size > 1 else None
-    take_step: Callable[[Batch, float], tuple[Any, Tensor]] | None = make_native_step(
-        agent, args, flat, template, average
-    )
+    sizes = sorted({size for ranks in minibatch_sizes(num_rows, args, world_size) for size in ranks})
     failure = ""
+    take_step: FastStep | None = make_native_step(agent, args, flat, average)
     if take_step is None:
-        from rl.fast.traced import make_traced_step  # here, for it imports a compiler
+        from rl.fast.traced import make_traced_step  # here: only where it is needed is its compiler imported
 
-        sizes = sorted({size for ranks in minibatch_sizes(num_rows, args, world_size) for size in ranks})
-        examples = [Batch(*(field.new_zeros(size, *field.shape[1:]) for field in template)) for size in sizes]
         try:
-            take_step = make_traced_step(agent, args, flat, examples, average)
+            take_step = make_traced_step(agent, args, flat, sizes, average)
         except Exception as error:  # a compiler fails in many ways
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
 
-    def fast(minibatch: Batch, rows: float) -> Tensor:
-        norm, losses = take_step(minibatch, rows)
+    def fast(minibatch: Batch, mean_rows: float) -> Tensor:
+        assert take_step is not None  # otherwise there is a failure, and nobody calls this
+        norm, losses = take_step(minibatch, mean_rows)
         if not math.isfinite(norm):
             raise RuntimeError("the norm of the gradient is non-finite")
         return losses
@@ -118,23 +115,23 @@ class ProvenStep:
         self.steps = 0
         self.is_proven = True
 
-    def __call__(self, minibatch: Batch, rows: float) -> Tensor:
+    def __call__(self, minibatch: Batch, mean_rows: float) -> Tensor:
         """Take a gradient step, see `GradientStep`."""
         if self.is_proven and self.steps % PROVE_EVERY == 0:
-            return self._prove(minibatch, rows)
+            return self._prove(minibatch, mean_rows)
         self.steps += 1
-        return (self.fast if self.is_proven else self.shown)(minibatch, rows)
+        return (self.fast if self.is_proven else self.shown)(minibatch, mean_rows)
 
-    def _prove(self, minibatch: Batch, rows: float) -> Tensor:
+    def _prove(self, minibatch: Batch, mean_rows: float) -> Tensor:
         """Take a step in both ways, and leave behind what the fast one did, or if they differ the shown one."""
         if self.steps == 0 and self._on_any_rank(bool(self.failure)):
             self._step_aside(self.failure or "another process cannot compile")
-            return self.shown(minibatch, rows)
+            return self.shown(minibatch, mean_rows)
         self.steps += 1
         before = AdamState(*(tensor.clone() for tensor in self.state))
-        difference, shown, fast = self._compare(before, minibatch, rows)
+        difference, shown, fast = self._compare(before, minibatch, mean_rows)
         # A row may lie where the loss has an edge: rounding then decides on its gradient. It is in one half only.
-        if difference and not all(self._compare(before, half, rows)[0] for half in _halves(minibatch)):
+        if difference and not all(self._compare(before, half, mean_rows)[0] for half in _halves(minibatch)):
             difference = ""
         if difference:
             self._step_aside(f"the compiled gradient step is not the one of the script, {difference}")
@@ -143,18 +140,19 @@ class ProvenStep:
         return losses
 
     def _compare(
-        self, before: AdamState, minibatch: Batch, rows: float
+        self, before: AdamState, minibatch: Batch, mean_rows: float
     ) -> tuple[str, tuple[Tensor, AdamState], tuple[Tensor, AdamState]]:
         """Take a step in both ways; return in what they differ, on any rank, and what each led to."""
         outcomes = []
         for step in (self.shown, self.fast):
             self._set(before)
-            losses = step(minibatch, rows)
+            losses = step(minibatch, mean_rows)
             outcomes.append((losses, AdamState(*(tensor.clone() for tensor in self.state))))
-        difference = self._difference(before, *outcomes)
+        shown, fast = outcomes
+        difference = self._difference(before, shown, fast)
         if self._on_any_rank(bool(difference)):
             difference = difference or "as another process found"
-        return difference, *outcomes
+        return difference, shown, fast
 
     def _difference(self, before: AdamState, shown: tuple[Tensor, AdamState], fast: tuple[Tensor, AdamState]) -> str:
         """Return in what the two ways differ by more than rounding, empty if in nothing."""

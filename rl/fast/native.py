@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability
 
 from rl.args import CommonArgs
-from rl.fast.flat import FlatAdam
+from rl.fast.flat import FastStep, FlatAdam, zero_rows
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.distributions import Bernoulli, Categorical, DiagonalGaussian, MultiCategorical
@@ -38,32 +38,30 @@ PROOF_ROWS = 70  # more than go through the networks at once
 
 
 def make_native_step(
-    agent: Agent, args: CommonArgs, flat: FlatAdam, template: Batch, average: Callable[[Tensor], Tensor] | None
-) -> Callable[[Batch, float], tuple[float, Tensor]] | None:
+    agent: Agent, args: CommonArgs, flat: FlatAdam, average: Callable[[Tensor], Tensor] | None
+) -> FastStep | None:
     """Return a function that takes a gradient step and returns the norm of the gradient and what `Losses` holds, [6].
 
-    None where the agent is not two perceptrons on the CPU, or large ones. None too, with a line, where there is no C++ compiler, or
-    where the gradient of random rows is not that of `ppo_loss`: agent or loss were edited.
+    None where the agent is not two perceptrons on the CPU, or large ones. None too, with a line, where there is no C++
+    compiler, or where the gradient of random rows is not that of `ppo_loss`: agent or loss were edited.
 
     Args:
         agent: the plain one.
         args: of the run.
         flat: the weights and their Adam.
-        template: a batch without rows, of the shapes and types that will come.
         average: averages the gradient over the ranks, if there are several.
     """
+    template = zero_rows(0, agent)
     description = _describe(agent, flat, template)
     if description is None:
         return None
     try:
-        library = load_library(REALS[flat.state.weights.dtype])
+        step = NativeStep(load_library(REALS[flat.state.weights.dtype]), description, args, flat, template, average)
+        reason = _difference(step, agent, args, flat, template)
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip().partition("\n")[0] or str(error)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = str(error)
-    else:
-        step = NativeStep(library, description, args, flat, template, average)
-        reason = _difference(step, agent, args, flat, template)
+    except Exception as error:  # there may be no compiler, no folder, or an agent of another make
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     if not reason:
         return step
     say_first("native", f"PyTorch compiles the gradient step, C++ does not: {reason}")
@@ -96,9 +94,9 @@ class NativeStep:
         self.columns = [(field.dtype, prod(field.shape[1:])) for field in template]
         self.gradient = torch.zeros_like(flat.state.weights)
 
-    def __call__(self, minibatch: Batch, rows: float) -> tuple[float, Tensor]:
+    def __call__(self, minibatch: Batch, mean_rows: float) -> tuple[float, Tensor]:
         """Take a gradient step; return the norm of the gradient and what `Losses` holds, [6]."""
-        losses = self.compute_gradient(minibatch, rows)
+        losses = self.compute_gradient(minibatch, mean_rows)
         gradient = self.average(self.gradient) if self.average else self.gradient
         group, state = self.flat.group, self.flat.state
         norm = self.library.descend(
@@ -117,7 +115,7 @@ class NativeStep:
         )
         return norm, losses
 
-    def compute_gradient(self, minibatch: Batch, rows: float) -> Tensor:
+    def compute_gradient(self, minibatch: Batch, mean_rows: float) -> Tensor:
         """Leave the gradient of a minibatch in `gradient`; return what `Losses` holds, [6].
 
         Raises:
@@ -134,7 +132,7 @@ class NativeStep:
             self.flat.state.weights.data_ptr(),
             *[field.data_ptr() for field in fields],
             num_rows,
-            rows,
+            mean_rows,
             self.args.clip_coef,
             self.args.vf_coef,
             self.args.ent_coef,
@@ -166,7 +164,7 @@ def load_library(real: str) -> ctypes.CDLL:
             subprocess.run([*command, str(SOURCE), "-o", str(output)], check=True, capture_output=True, timeout=60)
             output.rename(path)
     library = ctypes.CDLL(str(path))
-    sizes_and_offsets = [c_int64, c_void_p, c_void_p]
+    sizes_and_offsets = (c_int64, c_void_p, c_void_p)
     library.make_agent.argtypes = [c_int64, *sizes_and_offsets, *sizes_and_offsets, c_int64, c_int64, c_void_p, c_int64]
     library.make_agent.restype = c_void_p
     library.compute_gradient.argtypes = [*[c_void_p] * 8, c_int64, *[c_double] * 4, c_int64, c_void_p, c_void_p]
@@ -212,10 +210,9 @@ def _describe(agent: Agent, flat: FlatAdam, template: Batch) -> list[Any] | None
         or template.observations.dtype != weights.dtype
     ):
         return None
-    choices = {Categorical: lambda: [distribution.num_outputs], MultiCategorical: lambda: distribution.sizes}
-    chosen = choices[kind]() if kind in choices else []
+    choices = distribution.sizes if isinstance(distribution, MultiCategorical) else [distribution.num_outputs]
     log_std = offsets.get("distribution.log_std", 0)
-    return [nn.Tanh in activations, *perceptrons, KINDS[kind], len(chosen), _integers(chosen), log_std]
+    return [nn.Tanh in activations, *perceptrons, KINDS[kind], len(choices), _integers(choices), log_std]
 
 
 def _integers(values: list[int]) -> ctypes.Array:

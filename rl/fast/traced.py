@@ -1,18 +1,20 @@
 """The gradient step as a graph that `torch.compile` makes of the agent and of the loss."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.optim.adam import adam
 
 from rl.args import CommonArgs
-from rl.fast.flat import FlatAdam
+from rl.fast.flat import FastStep, FlatAdam, zero_rows
+from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import ppo_loss
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,
     "cpp_cache_precompile_headers": False,  # to look for them costs a second, and there is little to compile
     "cpp.vec_isa_ok": True,  # what the processor can do is known; to try it would start a process that imports torch
@@ -22,12 +24,12 @@ OPTIONS = {
 
 
 def make_traced_step(
-    agent: nn.Module,
+    agent: Agent,
     args: CommonArgs,
     flat: FlatAdam,
-    examples: list[Batch],
+    sizes: list[int],
     average: Callable[[Tensor], Tensor] | None,
-) -> Callable[[Batch, float], tuple[Tensor, Tensor]]:
+) -> FastStep:
     """Return a function that takes a gradient step and returns the norm of the gradient and what `Losses` holds, [6].
 
     On one process the forward pass, the backward pass, clipping and Adam are one graph. On several, two graphs stand
@@ -37,17 +39,19 @@ def make_traced_step(
         agent: the plain one.
         args: of the run.
         flat: the weights and their Adam.
-        examples: a minibatch of each size that will come, to compile for.
+        sizes: of the minibatches that will come, to compile for.
         average: averages the gradient over the ranks, if there are several.
     """
     group = flat.group
     beta1, beta2 = group["betas"]
     learning_rate = torch.zeros(1, dtype=torch.float64, device=flat.state.weights.device)  # a scalar is traced twice
 
-    def loss(weights: Tensor, minibatch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(weights: Tensor, minibatch: Batch, mean_rows: Tensor) -> tuple[Tensor, Tensor]:
         pieces = zip(flat.named.items(), weights.split(flat.sizes), strict=True)
         views = {name: piece[: parameter.numel()].view_as(parameter) for (name, parameter), piece in pieces}
-        losses = ppo_loss(lambda *inputs: functional_call(agent, views, inputs), minibatch, rows, args)
+        losses = ppo_loss(
+            lambda *inputs: functional_call(agent, views, inputs), minibatch, cast("float", mean_rows), args
+        )
         return losses.loss, torch.stack(losses).detach()
 
     gradient = torch.func.grad(loss, has_aux=True)
@@ -72,8 +76,8 @@ def make_traced_step(
         steps += 1
         return norm
 
-    def whole(minibatch: Batch, rows: Tensor, weights: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
-        gradients, losses = gradient(weights, minibatch, rows)
+    def whole(minibatch: Batch, mean_rows: Tensor, weights: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
+        gradients, losses = gradient(weights, minibatch, mean_rows)
         return descend(gradients, weights, *state), losses
 
     compiled_gradient, compiled_descend, compiled_whole = (
@@ -83,19 +87,19 @@ def make_traced_step(
 
     @torch.no_grad()
     def take_step(
-        minibatch: Batch, rows: float, average: Callable[[Tensor], Tensor] | None, weights: Tensor, *state: Tensor
+        minibatch: Batch, mean_rows: float, average: Callable[[Tensor], Tensor] | None, weights: Tensor, *state: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rows = torch.tensor(rows, device=weights.device)
+        divisor = torch.tensor(mean_rows, device=weights.device)
         if average is None:
-            return compiled_whole(minibatch, rows, weights, *state)
-        gradients, losses = compiled_gradient(weights, minibatch, rows)
+            return compiled_whole(minibatch, divisor, weights, *state)
+        gradients, losses = compiled_gradient(weights, minibatch, divisor)
         return compiled_descend(average(gradients), weights, *state), losses
 
-    def step(minibatch: Batch, rows: float) -> tuple[Tensor, Tensor]:
+    def step(minibatch: Batch, mean_rows: float) -> tuple[Tensor, Tensor]:
         learning_rate.fill_(group["lr"])
-        return take_step(minibatch, rows, average, *flat.state, learning_rate)
+        return take_step(minibatch, mean_rows, average, *flat.state, learning_rate)
 
-    for example in examples:
+    for size in sizes:
         copies = (tensor.clone() for tensor in (*flat.state, learning_rate))
-        take_step(example, 1.0, average and (lambda gradients: gradients), *copies)
+        take_step(zero_rows(size, agent), 1.0, average and (lambda gradients: gradients), *copies)
     return step

@@ -1,6 +1,8 @@
 """The agent: a policy and a value function, each a small network of its own on the features of an observation."""
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import gymnasium as gym
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
@@ -11,7 +13,7 @@ from rl.ppo.distributions import Bernoulli, Categorical, DiagonalGaussian, Distr
 from rl.ppo.encoders import Encoder
 from rl.ppo.normalize import ObservationNormalizer, RewardNormalizer
 
-DISTRIBUTIONS: dict[type[gym.Space], type[Distribution]] = {
+DISTRIBUTIONS: dict[type[gym.Space], Callable[[Any], Distribution]] = {
     Discrete: Categorical,
     MultiDiscrete: MultiCategorical,
     MultiBinary: Bernoulli,
@@ -34,6 +36,7 @@ class Agent(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: CommonArgs) -> None:
         super().__init__()
+        self.observation_space = observation_space
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation_function]
         kind = next(kind for kind in DISTRIBUTIONS if isinstance(action_space, kind))
         self.distribution = DISTRIBUTIONS[kind](action_space)
@@ -45,11 +48,10 @@ class Agent(nn.Module):
         if args.ortho_init:
             for network, output_gain in ((self.encoder, 2**0.5), (self.actor, 0.01), (self.critic, 1.0)):
                 _initialize_orthogonally(network, output_gain)
-        self.observation_normalizer, self.reward_normalizer = nn.Identity(), nn.Identity()
-        if args.normalize_observations:
-            self.observation_normalizer = ObservationNormalizer(observation_space)
-        if args.normalize_rewards:
-            self.reward_normalizer = RewardNormalizer(args.num_envs, args.gamma)
+        self.observation_normalizer = (
+            ObservationNormalizer(observation_space) if args.normalize_observations else nn.Identity()
+        )
+        self.reward_normalizer = RewardNormalizer() if args.normalize_rewards else nn.Identity()
 
     def act(self, observations: Tensor, noise: Tensor) -> Tensor:
         """Sample actions [...] for observations [..., *shape] with noise from the distribution's `draw_noise`."""
@@ -74,6 +76,16 @@ class Agent(nn.Module):
         return log_probs, entropies, self.critic(features).squeeze(-1)
 
 
+def copy_weights(weights: Tensor, agent: nn.Module) -> None:
+    """Give the parameters of an agent these values, [P], as `parameters_to_vector` lays them out.
+
+    Each keeps its place in memory: the last bit of a matrix product depends on alignment.
+    """
+    sizes = [parameter.numel() for parameter in agent.parameters()]
+    for parameter, values in zip(agent.parameters(), weights.split(sizes), strict=True):
+        parameter.data.copy_(values.view_as(parameter))
+
+
 def _perceptron(
     num_inputs: int, hidden_sizes: tuple[int, ...], num_outputs: int, activation: type[nn.Module]
 ) -> nn.Sequential:
@@ -89,4 +101,5 @@ def _initialize_orthogonally(network: nn.Module, output_gain: float) -> None:
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     for layer in layers:
         nn.init.orthogonal_(layer.weight, output_gain if layer is layers[-1] else 2**0.5)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

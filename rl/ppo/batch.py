@@ -3,11 +3,10 @@
 from math import prod
 from typing import NamedTuple
 
-import gymnasium as gym
 import torch
 from torch import Tensor
 
-from rl.ppo.distributions import Distribution
+from rl.ppo.agent import Agent
 from rl.spaces import stored_dtype, stored_space
 
 
@@ -22,6 +21,7 @@ class Rollout(NamedTuple):
     dones: Tensor  # bool [T, N], whether step t ended an episode
     values: Tensor  # float32 [T, N], V(s_t)
     next_values: Tensor  # float32 [T, N], V of the observation that step t led to, 0 if it terminated the episode
+    reward_sums: Tensor | None = None  # float64 [T, N], discounted sums of the rewards of the running episodes
 
 
 class Episodes(NamedTuple):
@@ -51,17 +51,18 @@ class Batch(NamedTuple):
         return cls(*(field.transpose(0, 1).flatten(0, 1) for field in fields))
 
     @classmethod
-    def zeros(cls, num_rows: int, observation_space: gym.Space, distribution: Distribution) -> "Batch":
-        """Return rows of zeros. No rows at all are enough for the shapes and types that `unpack` needs.
+    def zeros(cls, num_rows: int, agent: Agent) -> "Batch":
+        """Return rows of zeros on the agent's device. No rows are enough for the shapes and types `unpack` needs.
 
         Args:
             num_rows: number of rows.
-            observation_space: as the environment declares it.
-            distribution: of the actions.
+            agent: whose observations and actions they are.
         """
-        dtype = getattr(torch, stored_dtype(observation_space))
-        observations = torch.zeros(num_rows, *stored_space(observation_space).shape, dtype=dtype)
-        return cls(observations, distribution.empty_actions(num_rows), *(torch.zeros(num_rows) for _ in range(4)))
+        space = agent.observation_space
+        observations = torch.zeros(num_rows, *stored_space(space).shape, dtype=getattr(torch, stored_dtype(space)))
+        columns = (torch.zeros(num_rows) for _ in range(4))
+        batch = cls(observations, agent.distribution.empty_actions(num_rows), *columns)
+        return batch.to(next(agent.parameters()).device)
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""

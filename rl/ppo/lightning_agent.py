@@ -24,6 +24,6 @@ class LightningAgent(Agent, LightningModule):
         super().__init__(observation_space, action_space, args)
         self.args = args
 
-    def training_step(self, minibatch: Batch, rows: float) -> Losses:
+    def training_step(self, minibatch: Batch, mean_rows: float) -> Losses:  # type: ignore[override]
         """Return the loss of a minibatch, see `ppo_loss`."""
-        return ppo_loss(self, minibatch, rows, self.args)
+        return ppo_loss(self, minibatch, mean_rows, self.args)

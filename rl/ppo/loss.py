@@ -45,15 +45,15 @@ def clipped_value_error(values: Tensor, old_values: Tensor, returns: Tensor, cli
 
 
 def ppo_loss(
-    agent: Callable[..., tuple[Tensor, Tensor, Tensor]], minibatch: Batch, rows: float, args: CommonArgs
+    agent: Callable[..., tuple[Tensor, Tensor, Tensor]], minibatch: Batch, mean_rows: float, args: CommonArgs
 ) -> Losses:
     """Return the loss of a minibatch: -L^CLIP + c_v L^VF - c_e H (equation 9).
 
     Args:
         agent: maps observations and actions to log-probabilities, entropies and values, each [b].
         minibatch: b rows.
-        rows: what the sums over rows are divided by to make means: the average of b over the ranks. Where ranks
-            differ by a row, the average of their gradients so still is that of the global minibatch.
+        mean_rows: the average of b over the ranks. Sums over rows are divided by it, so that the average of the ranks'
+            gradients is the gradient of the global minibatch, also where the ranks' b differ by one.
         args: ε is `clip_coef`, c_v is `vf_coef`, c_e is `ent_coef`.
     """
     log_probs, entropies, values = agent(minibatch.observations, minibatch.actions)
@@ -62,12 +62,12 @@ def ppo_loss(
         value_errors = clipped_value_error(values, minibatch.values, minibatch.returns, args.clip_coef)
     else:
         value_errors = squared_value_error(values, minibatch.returns)
-    policy_loss = -surrogate_objective(log_ratio, minibatch.advantages, args.clip_coef).sum() / rows
-    value_loss = value_errors.sum() / rows
-    entropy_loss = -entropies.sum() / rows
+    policy_loss = -surrogate_objective(log_ratio, minibatch.advantages, args.clip_coef).sum() / mean_rows
+    value_loss = value_errors.sum() / mean_rows
+    entropy_loss = -entropies.sum() / mean_rows
     loss = policy_loss + args.vf_coef * value_loss + args.ent_coef * entropy_loss
     with torch.no_grad():
         ratio = log_ratio.exp()
-        approx_kl = (ratio - 1 - log_ratio).sum() / rows  # never negative, unlike -log ρ (Schulman 2020)
-        clip_fraction = ((ratio - 1).abs() > args.clip_coef).sum() / rows
+        approx_kl = (ratio - 1 - log_ratio).sum() / mean_rows  # never negative, unlike -log ρ (Schulman 2020)
+        clip_fraction = ((ratio - 1).abs() > args.clip_coef).sum() / mean_rows
     return Losses(loss, policy_loss, value_loss, entropy_loss, approx_kl, clip_fraction)

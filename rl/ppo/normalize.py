@@ -4,7 +4,6 @@ Statistics travel as moments, which add up over ranks: so every rank uses the sa
 """
 
 import gymnasium as gym
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +51,7 @@ class ObservationNormalizer(nn.Module):
     improved is the one that acted.
     """
 
+    is_vector: Tensor
     moments: Tensor
     mean: Tensor
     std: Tensor
@@ -85,41 +85,13 @@ class ObservationNormalizer(nn.Module):
 
 
 class RewardNormalizer(nn.Module):
-    """Divides rewards by the standard deviation of the discounted sum of rewards so far (Engstrom et al. 2020).
-
-    Args:
-        num_envs: N, environments of this process.
-        gamma: discount factor.
-    """
+    """Divides rewards by the standard deviation of the discounted sum of rewards so far (Engstrom et al. 2020)."""
 
     moments: Tensor
 
-    def __init__(self, num_envs: int, gamma: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.gamma = gamma
-        self.sums = np.zeros(num_envs)  # where the discounted sum of each environment stands
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
-
-    def new_moments(self, rewards: Tensor, dones: Tensor) -> Tensor:
-        """Return the moments, float64 [3], of R_t = γ R_{t-1} + r_t, which starts anew with each episode.
-
-        Args:
-            rewards: r_t, [T, N].
-            dones: whether step t ended an episode, bool [T, N].
-        """
-        all_sums = []
-        for step_rewards, step_dones in zip(rewards.cpu().numpy(), dones.cpu().numpy(), strict=True):
-            sums = self.gamma * self.sums + step_rewards
-            all_sums.append(sums)
-            self.sums[:] = np.where(step_dones, 0.0, sums)
-        return moments(torch.from_numpy(np.stack(all_sums)).to(rewards.device))
-
-    def begin(self, rewards: list[np.ndarray]) -> None:
-        """Let the sums stand where these rewards [steps] of each environment's running episode lead."""
-        self.sums[:] = 0
-        for index, episode in enumerate(rewards):
-            for reward in episode.astype(np.float32):
-                self.sums[index] = self.gamma * self.sums[index] + reward
 
     def update(self, new_moments: Tensor) -> None:
         """Add the moments of new discounted sums, summed over all ranks, float64 [3]."""

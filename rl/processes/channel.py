@@ -6,11 +6,14 @@ from typing import Literal
 import torch
 from lightning.fabric.plugins.collectives import TorchCollective
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from rl.args import DecoupledArgs
+from rl.ppo.batch import Batch
+from rl.ppo.metrics import NUM_LOSS_SUMS
 from rl.ppo.minibatches import almost_equal_sizes
 from rl.processes.agreement import check_agreement, weights_checksum
+from rl.seeding import Purpose, stream
 
 PLAYER = 0
 LEAD_TRAINER = 1
@@ -20,88 +23,75 @@ class Channel:
     """Owns the groups of processes and the order in which they talk.
 
         player (rank 0)                               trainers (ranks 1..N)
-                  <--- 1. weights ------------------  lead trainer (rank 1)
-                  ---- 2. batch, a share each ----->  every trainer
-                  <--- 3. losses -------------------  lead trainer
+                  ---- 1. batch, a share each ----->  every trainer
+                  <--- 2. losses -------------------  lead trainer (rank 1)
+                  <--- 3. weights, Adam's state ----  lead trainer
 
     Both sides know the shape and the type of every message, so only tensors travel, and nothing is pickled. They
     travel on the CPU, with gloo, wherever they come from.
 
     Args:
-        rank: of this process.
-        world_size: number of processes: one player and N trainers. They have joined a group of all, with gloo.
+        args: `timeout`, `seed` and `share_data` count here.
         backend: of the trainers among themselves; gloo if any process says so.
-        timeout: seconds that a process waits for another.
     """
 
-    def __init__(self, rank: int, world_size: int, backend: Literal["gloo", "nccl"], timeout: float) -> None:
-        self.rank = rank
-        self.num_trainers = world_size - 1
+    def __init__(self, args: DecoupledArgs, backend: Literal["gloo", "nccl"]) -> None:
+        self.args = args
         # Every process creates every group, in the same order, whether it belongs to it or not. A group does not
         # inherit the time that it waits.
-        patience = timedelta(seconds=timeout)
-        trainers = list(range(1, world_size))
-        self.everyone = TorchCollective().setup()
+        patience = timedelta(seconds=args.timeout)
+        self.everyone = TorchCollective().setup(backend="gloo", timeout=patience)
+        self.rank, self.world_size = self.everyone.rank, self.everyone.world_size
+        self.num_trainers = self.world_size - 1
         shared_gpus = self.everyone.all_reduce(torch.tensor(int(backend == "gloo")))  # on any machine
         backend = "gloo" if shared_gpus else backend
         self.lead_and_player = TorchCollective().create_group(
             ranks=[PLAYER, LEAD_TRAINER], backend="gloo", timeout=patience
         )
-        self.trainers = TorchCollective().create_group(ranks=trainers, backend=backend, timeout=patience)
-
-    def send_weights(self, agent: nn.Module) -> None:
-        """Message 1, by the lead trainer; the other trainers hold the same weights and have nothing to do."""
-        if self.rank == LEAD_TRAINER:
-            self.lead_and_player.broadcast(parameters_to_vector(agent.parameters()).detach().cpu(), LEAD_TRAINER)
-
-    def receive_weights(self, agent: nn.Module) -> None:
-        """Message 1, by the player: the weights of its agent become those of the trainers."""
-        weights = parameters_to_vector(agent.parameters()).detach()
-        copy_weights(self.lead_and_player.broadcast(torch.empty_like(weights, device="cpu"), LEAD_TRAINER), agent)
+        self.trainers = TorchCollective().create_group(
+            ranks=list(range(1, self.world_size)), backend=backend, timeout=patience
+        )
 
     def check_weights(self, agent: nn.Module, update: int) -> None:
         """End the run if the processes hold different weights after an update; call it on all of them."""
-        checksum = weights_checksum(agent).cpu()
-        checksums = self.everyone.all_gather(
-            [torch.empty_like(checksum) for _ in range(1 + self.num_trainers)], checksum
-        )
+        own = weights_checksum(agent).cpu()
+        checksums = self.everyone.all_gather([torch.empty_like(own) for _ in range(self.world_size)], own)
         check_agreement(torch.cat(checksums), update)
 
-    def send_rows(self, rows: Tensor, share_data: bool) -> None:
-        """Message 2, by the player: all rows to every trainer, or an almost equal part of them to each.
+    def send_batch(self, batch: Batch, update: int) -> None:
+        """Message 1, by the player: all rows to every trainer, or an almost equal, random part of them to each.
 
         Args:
-            rows: packed rows, uint8 [B, bytes of a row]; in parts they go in this order.
-            share_data: whether every trainer receives all rows.
+            batch: B rows.
+            update: its number, which decides the parts.
         """
-        rows = rows.cpu()
-        if share_data:
+        rows = batch.pack().cpu()
+        if self.args.share_data:
             self.everyone.broadcast(rows, PLAYER)
             return
+        rows = rows[stream(self.args.seed, Purpose.SCATTER, update).permutation(len(rows))]
         sizes = almost_equal_sizes(len(rows), self.num_trainers)
         # A scatter wants equal parts, one for the player itself too: all are padded to the largest.
-        padded = rows.new_zeros(1 + self.num_trainers, sizes[0], rows.shape[1])
+        padded = rows.new_zeros(self.world_size, sizes[0], rows.shape[1])
         for part, share in zip(padded[1:], rows.split(sizes), strict=True):
             part[: len(share)] = share
         self.everyone.scatter(torch.empty_like(padded[0]), list(padded), PLAYER)
 
-    def receive_rows(self, num_rows: int, row_bytes: int, share_data: bool) -> Tensor:
-        """Message 2, by a trainer: packed rows, uint8 [rows of this trainer, row_bytes], on the CPU.
-
-        Args:
-            num_rows: B, the rows that the player sends in all.
-            row_bytes: bytes of a row.
-            share_data: whether every trainer receives all rows.
-        """
-        if share_data:
-            return self.everyone.broadcast(torch.empty(num_rows, row_bytes, dtype=torch.uint8), PLAYER)
-        sizes = almost_equal_sizes(num_rows, self.num_trainers)
-        padded = torch.empty(sizes[0], row_bytes, dtype=torch.uint8)
-        self.everyone.scatter(padded, [], PLAYER)
-        return padded[: sizes[self.rank - 1]]
+    def receive_batch(self, template: Batch) -> Batch:
+        """Message 1, by a trainer: its rows, on the device of the template, which gives the shapes and types."""
+        num_rows = self.args.steps_per_update(self.world_size)
+        row_bytes = sum(template.field_bytes)
+        if self.args.share_data:
+            rows = self.everyone.broadcast(torch.empty(num_rows, row_bytes, dtype=torch.uint8), PLAYER)
+        else:
+            sizes = almost_equal_sizes(num_rows, self.num_trainers)
+            padded = torch.empty(sizes[0], row_bytes, dtype=torch.uint8)
+            self.everyone.scatter(padded, [], PLAYER)
+            rows = padded[: sizes[self.rank - 1]]
+        return template.unpack(rows.to(template.actions.device))
 
     def send_losses(self, losses: Tensor) -> None:
-        """Message 3, by the lead trainer; call it on every trainer.
+        """Message 2, by the lead trainer; call it on every trainer.
 
         Args:
             losses: sums over the gradient steps of this trainer, as `sum_losses` returns them; over the trainers they
@@ -111,18 +101,18 @@ class Channel:
         if self.rank == LEAD_TRAINER:
             self.lead_and_player.broadcast(losses.cpu(), LEAD_TRAINER)
 
-    def receive_losses(self, size: int) -> Tensor:
-        """Message 3, by the player: the sums over all trainers, float64 [size], on the CPU."""
-        return self.lead_and_player.broadcast(torch.empty(size, dtype=torch.float64), LEAD_TRAINER)
+    def receive_losses(self) -> Tensor:
+        """Message 2, by the player: the sums over all trainers, float64 [7], on the CPU."""
+        return self.lead_and_player.broadcast(torch.empty(NUM_LOSS_SUMS, dtype=torch.float64), LEAD_TRAINER)
 
     def send_state(self, agent: nn.Module, optimizer: Optimizer) -> None:
-        """For the checkpoint, by the lead trainer: the new weights and the state of their Adam."""
+        """Message 3, by the lead trainer: the new weights and the state of their Adam."""
         if self.rank == LEAD_TRAINER:
             tensors = [tensor.detach().flatten().cpu() for tensor in _state_tensors(agent, optimizer)]
             self.lead_and_player.broadcast(torch.cat(tensors), LEAD_TRAINER)
 
     def receive_state(self, agent: nn.Module, optimizer: Optimizer) -> None:
-        """For the checkpoint, by the player: its agent and its Adam become those of the trainers."""
+        """Message 3, by the player: its agent and its Adam become those of the trainers."""
         for parameter in agent.parameters():
             zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
@@ -131,16 +121,6 @@ class Channel:
         received = self.lead_and_player.broadcast(torch.empty(sum(sizes)), LEAD_TRAINER)
         for tensor, values in zip(tensors, received.split(sizes), strict=True):
             tensor.data.copy_(values.view_as(tensor))
-
-
-def copy_weights(weights: Tensor, agent: nn.Module) -> None:
-    """Give the parameters of an agent these values, [P], as `parameters_to_vector` lays them out.
-
-    Each keeps its place in memory: the last bit of a matrix product depends on alignment.
-    """
-    sizes = [parameter.numel() for parameter in agent.parameters()]
-    for parameter, values in zip(agent.parameters(), weights.split(sizes), strict=True):
-        parameter.data.copy_(values.view_as(parameter))
 
 
 def _state_tensors(agent: nn.Module, optimizer: Optimizer) -> list[Tensor]:

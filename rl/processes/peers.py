@@ -2,11 +2,11 @@
 
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -14,10 +14,8 @@ from threading import Thread
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store
-from tqdm import tqdm
+from torch.distributed import PrefixStore, Store, TCPStore
 
 from rl.processes.ranks import Ranks
 
@@ -25,7 +23,7 @@ PAUSE = 0.02  # seconds between two looks at the store
 LARGEST_VALUE = 8_000_000  # bytes that the store takes at once
 
 
-class Place(NamedTuple):
+class Address(NamedTuple):
     """Where a process runs."""
 
     host: str
@@ -35,18 +33,67 @@ class Place(NamedTuple):
 class Peers:
     """The processes of a run, each with a rank.
 
+    They talk through the store of the launcher, which outlives any of them.
+
     Args:
-        rank: of this process.
-        places: where each rank runs.
-        store: of this attempt; a connection of its own, so that it answers while the main one waits.
+        ranks: of this process.
         timeout: seconds that a process waits for another.
     """
 
-    def __init__(self, rank: int, places: list[Place], store: Store, timeout: float) -> None:
-        self.rank, self.timeout = rank, timeout
-        self.places = places
-        self.store = store
+    def __init__(self, ranks: Ranks, timeout: float) -> None:
+        self.rank, self.world_size, self.timeout = ranks.rank, ranks.world_size, timeout
+        self.addresses: list[Address] = []  # of all ranks, once they have met
+        self.missing: list[int] = []  # the ranks that this process still waits for
         self.store_is_lost = False
+
+    def meet(self) -> None:
+        """Wait for all processes, and let what forms a process group afterwards find a new store.
+
+        The launcher's store outlives a restart, and with it what processes wrote that have died since. So rank 0 gives
+        every attempt a new name and a new store. Every other rank leaves a signature under that name, again if the name
+        changes, and rank 0 shows all signatures: a rank that finds its own among them knows that the name is new.
+
+        `init_process_group` and `Fabric` read from the environment where the store is.
+
+        Raises:
+            TimeoutError: if not all processes came.
+        """
+        self.launchers, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=self.timeout)))
+        signature = f"{socket.gethostname()} {os.getpid()} {uuid4().hex}"
+        attempt, answer = "", ""
+        if self.rank == 0:
+            host = _own_address()
+            self.own_store = TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+            attempt = uuid4().hex
+            self.launchers.set("attempt", attempt)
+        deadline = time.monotonic() + self.timeout
+        while signature not in answer:
+            if self.rank == 0:
+                others = range(1, self.world_size)
+                self.missing = [rank for rank in others if not self.launchers.check([f"{attempt}/{rank}"])]
+                if not self.missing:
+                    signatures = [signature, *(self.launchers.get(f"{attempt}/{rank}").decode() for rank in others)]
+                    answer = "\n".join([f"{host} {self.own_store.port}", *signatures])
+                    self.launchers.set(f"{attempt}/met", answer)
+            elif self.launchers.check(["attempt"]):
+                if attempt != (attempt := self.launchers.get("attempt").decode()):
+                    self.launchers.set(f"{attempt}/{self.rank}", signature)
+                if self.launchers.check([f"{attempt}/met"]):
+                    answer = self.launchers.get(f"{attempt}/met").decode()
+            else:
+                self.missing = [0]
+            if time.monotonic() > deadline:
+                who = ", ".join(f"rank {rank}" for rank in self.missing) or "another rank"
+                raise TimeoutError(f"{who} did not start within {self.timeout:g} s")
+            time.sleep(PAUSE if signature not in answer else 0)
+        self.missing = []
+        store_address, *signatures = answer.split("\n")
+        self.addresses = [Address(host, int(process_id)) for host, process_id, _ in map(str.split, signatures)]
+        # A connection of its own, so that it answers while another thread waits on the first one.
+        self.store: Store = PrefixStore(attempt, self.launchers.clone())
+        host, port = store_address.split()
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+        self._show_life()
 
     def died(self) -> list[int]:
         """Return the ranks on this host whose process ended without saying goodbye."""
@@ -65,7 +112,7 @@ class Peers:
         self._ask(lambda: self.store.set(f"waiting/{self.rank}", ""))
         time.sleep(2)
         if self.store_is_lost:  # with the network: nobody on another host can be heard
-            return [rank for rank in self._others() if self.places[rank].host != self.places[self.rank].host]
+            return [rank for rank in self._others() if self.addresses[rank].host != self.addresses[self.rank].host]
         return [rank for rank in self._others() if not self._has(f"waiting/{rank}")]
 
     def say_goodbye(self) -> None:
@@ -76,10 +123,10 @@ class Peers:
         """Whether this process is the first that has something to say on a topic, such as why the run ends."""
         return self._ask(lambda: self.store.add(f"speakers/{topic}", 1)) in (1, None)  # a lost store answers nothing
 
-    def leave(self, key: str, content: bytes) -> None:
+    def deposit(self, key: str, content: bytes) -> None:
         """Leave something in the store for rank 0, unless it is too large for that."""
         if len(content) < LARGEST_VALUE:
-            self._ask(lambda: self.store.set(f"{key}/{self.rank}", content))
+            self._ask(lambda: self.store.set(f"{key}/{self.rank}", content))  # type: ignore[arg-type]  # bytes it takes, too
 
     def collect(self, key: str, patience: float) -> list[bytes] | None:
         """Return what the others leave in the store, in the order of their ranks; None if one of them does not.
@@ -96,14 +143,14 @@ class Peers:
             time.sleep(PAUSE)
         return self._ask(lambda: [self.store.get(key) for key in keys])
 
-    def show_life(self) -> None:
+    def _show_life(self) -> None:
         """Let the others, if there are any, see that this process is alive, every second until all are ready."""
 
         def beat() -> None:
             with suppress(RuntimeError):  # the store is lost with the launcher, which ends this process, too
                 for number in count():
                     self.store.set(f"alive/{self.rank}", str(number))
-                    if self.store.check([f"ready/{rank}" for rank in range(len(self.places))]):
+                    if self.store.check([f"ready/{rank}" for rank in range(self.world_size)]):
                         return
                     time.sleep(1)
 
@@ -117,7 +164,7 @@ class Peers:
         has not shown life for as long as a rollout may take, is not waited for.
 
         Raises:
-            RuntimeError: if a process ended.
+            ConnectionError: if a process ended.
             TimeoutError: if one does not show that it lives.
         """
         self._ask(lambda: self.store.set(f"ready/{self.rank}", ""), self.timeout)
@@ -133,8 +180,9 @@ class Peers:
             gone = {*self.died(), *self.left()}
             for rank in (rank for rank in last_beats if not self._has(f"ready/{rank}")):
                 if rank in gone:
-                    raise RuntimeError("Connection to a process lost before all were ready")
-                beat = self._ask(lambda key=f"alive/{rank}": self.store.get(key)) if self._has(f"alive/{rank}") else b""
+                    raise ConnectionError("a process ended before all were ready")
+                key = f"alive/{rank}"
+                beat = self._ask(partial(self.store.get, key)) if self._has(key) else b""
                 if beat != last_beats[rank][0]:
                     last_beats[rank] = beat, time.monotonic()
                 if time.monotonic() - last_beats[rank][1] > self.timeout:
@@ -142,18 +190,20 @@ class Peers:
 
     def name(self, ranks: list[int]) -> str:
         """Return words for some ranks."""
-        names = [f"rank {rank} (process {self.places[rank].process_id} on {self.places[rank].host})" for rank in ranks]
+        names = [
+            f"rank {rank} (process {self.addresses[rank].process_id} on {self.addresses[rank].host})" for rank in ranks
+        ]
         return ", ".join(names)
 
     def _others(self) -> list[int]:
-        return [rank for rank in range(len(self.places)) if rank != self.rank]
+        return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def _state(self, rank: int) -> str:
         """Return gone, stopped, or running, which is also said of processes that cannot be seen from here."""
-        if self.places[rank].host != socket.gethostname() or not Path("/proc/self/stat").exists():
+        if self.addresses[rank].host != socket.gethostname() or not Path("/proc/self/stat").exists():
             return "running"
         try:
-            letter = Path(f"/proc/{self.places[rank].process_id}/stat").read_text().rpartition(")")[2].split()[0]
+            letter = Path(f"/proc/{self.addresses[rank].process_id}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return "gone"
         return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped"}.get(letter, "running")
@@ -170,7 +220,8 @@ class Peers:
         def ask() -> None:
             try:
                 answers.put(question())
-            except RuntimeError:
+            except RuntimeError as error:
+                self.store_is_lost |= isinstance(error, dist.DistNetworkError)
                 answers.put(None)
 
         Thread(target=ask, daemon=True).start()
@@ -181,85 +232,14 @@ class Peers:
             return None
 
 
-_peers: Peers | None = None
-_missing: list[int] = []
+def _own_address() -> str:
+    """Return an address of this host at which the other processes reach it: the one that the launcher is reached from.
 
-
-def known_peers() -> Peers | None:
-    """Return the processes of this run, once they have met."""
-    return _peers
-
-
-def say_first(topic: str, message: str) -> None:
-    """Print one line for the user, if no other process has said something on this topic."""
-    if _peers is None or _peers.may_speak(topic):
-        tqdm.write(message, file=sys.stderr)
-
-
-def missing_peers() -> list[int]:
-    """Return the ranks that this process still waited for when it last looked."""
-    return _missing
-
-
-def join(ranks: Ranks, backend: str, timeout: float, device: torch.device | None = None) -> None:
-    """Meet the other processes and form the process group of all.
-
-    Args:
-        ranks: of this process.
-        backend: of the group, gloo or nccl.
-        timeout: seconds that a process waits for another, here and in every collective.
-        device: the GPU of this process, for NCCL.
-
-    Raises:
-        TimeoutError: if not all processes came.
+    Where the launcher's store is on this host, it is the store's own address.
     """
-    global _peers
-    patience = timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-    attempt, places = _meet(store, ranks, timeout)
-    _peers = Peers(ranks.rank, places, PrefixStore(attempt, store.clone()), timeout)
-    _peers.show_life()
-    dist.init_process_group(
-        backend,
-        store=PrefixStore(attempt, store),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=patience,
-        device_id=device if backend == "nccl" else None,
-    )
-
-
-def _meet(store: Store, ranks: Ranks, timeout: float) -> tuple[str, list[Place]]:
-    """Wait for all processes; return a name for this attempt, and where each rank runs.
-
-    The launcher's store outlives a restart, and with it what processes wrote that have died since. So rank 0 gives
-    every attempt a new name. The others sign it, again if it changes, and rank 0 shows the signatures: who finds its
-    own among them knows that the name is not an old one.
-    """
-    global _missing
-    others = range(1, ranks.world_size)
-    signature = f"{socket.gethostname()} {os.getpid()} {uuid4().hex}"
-    attempt = uuid4().hex if ranks.rank == 0 else ""
-    if ranks.rank == 0:
-        store.set("attempt", attempt)
-    signatures: list[str] = []
-    deadline = time.monotonic() + timeout
-    while signature not in signatures:
-        if ranks.rank == 0:
-            _missing = [rank for rank in others if not store.check([f"{attempt}/{rank}"])]
-            if not _missing:
-                signatures = [signature, *(store.get(f"{attempt}/{rank}").decode() for rank in others)]
-                store.set(f"{attempt}/met", "\n".join(signatures))
-        elif store.check(["attempt"]):
-            if attempt != (attempt := store.get("attempt").decode()):
-                store.set(f"{attempt}/{ranks.rank}", signature)
-            if store.check([f"{attempt}/met"]):
-                signatures = store.get(f"{attempt}/met").decode().split("\n")
-        else:
-            _missing = [0]
-        if time.monotonic() > deadline:
-            who = ", ".join(f"rank {rank}" for rank in _missing) or "another rank"
-            raise TimeoutError(f"{who} did not start within {timeout:g} s")
-        time.sleep(PAUSE)
-    _missing = []
-    return attempt, [Place(host, int(process_id)) for host, process_id, _ in map(str.split, signatures)]
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if not port:
+        return master  # plain `python`: nobody else is there
+    with socket.create_connection((master, port)) as connection:
+        here, there = connection.getsockname()[0], connection.getpeername()[0]
+    return master if here == there else here

@@ -5,23 +5,23 @@ from typing import Literal
 
 import torch
 
-from rl.processes.ranks import Ranks
+from rl.processes.ranks import read_ranks
 from rl.voice import fail, say
 
 
-def place(cuda: bool, ranks: Ranks, processes_on_cpu: int = 0) -> tuple[torch.device, Literal["gloo", "nccl"]]:
+def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, Literal["gloo", "nccl"]]:
     """Return the device of this process, and the backend for those that share its kind of device.
 
     NCCL wants a GPU for each process; where several share one, they talk through gloo.
 
     Args:
         cuda: whether GPUs are used at all.
-        ranks: of this process.
         processes_on_cpu: the first so many of all ranks stay on the CPU all the same.
 
     Raises:
         SystemExit: if GPUs are wanted and none is visible.
     """
+    ranks = read_ranks()
     if not cuda:
         return torch.device("cpu"), "gloo"
     if not (num_gpus := torch.cuda.device_count()):
@@ -37,16 +37,14 @@ def place(cuda: bool, ranks: Ranks, processes_on_cpu: int = 0) -> tuple[torch.de
     return torch.device("cuda", (ranks.local_rank - on_cpu_here) % num_gpus), backend
 
 
-def keep_to_own_cores(ranks: Ranks) -> None:
+def keep_to_own_cores() -> None:
     """Let each process of this machine compute on cores of its own (Linux; elsewhere the system decides).
 
     Processes that wait for each other after every few hundred microseconds are often put on the same core when they
     wake, and then take turns. Call it once all process groups are made: the threads that they began, which carry the
     messages, are to run wherever there is room.
-
-    Args:
-        ranks: of this process.
     """
+    ranks = read_ranks()
     if ranks.local_world_size == 1 or not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))

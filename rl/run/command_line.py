@@ -166,7 +166,7 @@ def _resumed(
     Raises:
         ValueError: with one line, if the run cannot go on so.
     """
-    from rl.run.checkpoints import load_checkpoint, run_args  # here, so that only a resumed run waits for torch twice
+    from rl.run.resuming import load_checkpoint, run_args  # here, so that only a resumed run waits for torch twice
 
     checkpoint = load_checkpoint(run_or_checkpoint)
     known = {field.name for field in fields(script_args)}

@@ -7,7 +7,6 @@ from datetime import timedelta
 from tqdm import tqdm
 
 from rl.args import CommonArgs
-from rl.run.ending import at_end
 
 PLAIN_LINES = 20  # about so many in a whole run
 
@@ -19,22 +18,21 @@ class Progress:
         args: of the run.
         steps: environment steps of an update.
         enabled: False on the ranks that say nothing.
-        done: updates done before, in a run that is resumed.
+        updates_done: before, in a run that is resumed.
     """
 
-    def __init__(self, args: CommonArgs, steps: int, enabled: bool, done: int = 0) -> None:
+    def __init__(self, args: CommonArgs, steps: int, enabled: bool, updates_done: int = 0) -> None:
         self.num_updates, self.steps = args.num_updates, steps
-        self.done = done
+        self.updates_done = updates_done
         self.plain = enabled and not sys.stderr.isatty()
         self.start = time.perf_counter()
         self.bar = tqdm(
             total=args.num_updates * steps,
-            initial=done * steps,
+            initial=updates_done * steps,
             unit=" steps",
             disable=not enabled or self.plain,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
-        at_end(self.close)
 
     def show(self, update: int, scalars: dict[str, float]) -> None:
         """Show the state of the run after `update` updates, with the scalars that were logged."""
@@ -44,7 +42,7 @@ class Progress:
         self.bar.update(num_steps)
         if self.plain and (update == num_updates or update % max(1, num_updates // PLAIN_LINES) == 0):
             seconds = time.perf_counter() - self.start
-            seconds_per_update = seconds / (update - self.done)
+            seconds_per_update = seconds / (update - self.updates_done)
             left = timedelta(seconds=round(seconds_per_update * (num_updates - update)))
             print(
                 f"steps {update * num_steps}/{num_updates * num_steps}, update {update}/{num_updates}, "

@@ -16,6 +16,7 @@ LOSS_TAGS = (
     "Info/approx_kl",
     "Info/clip_fraction",
 )
+NUM_LOSS_SUMS = len(LOSS_TAGS) + 1  # and the number of gradient steps
 
 
 def sum_episodes(episodes: Episodes) -> Tensor:
@@ -34,8 +35,14 @@ def sum_losses(losses: list[Tensor]) -> Tensor:
     return torch.cat([sums, sums.new_tensor([len(losses)])])
 
 
+def sum_up(episodes: Episodes, losses: list[Tensor]) -> Tensor:
+    """Return what `sum_episodes` and `sum_losses` sum, one after the other, float64 [10]."""
+    sums = sum_losses(losses)
+    return torch.cat([sum_episodes(episodes).to(sums.device), sums])
+
+
 def name_means(sums: Tensor) -> dict[str, float]:
-    """Name the means of what `sum_episodes` and `sum_losses` summed, one after the other, over all ranks.
+    """Name the means of what `sum_up` summed, over all ranks.
 
     Without an episode that ended there is no mean return and no mean length.
 

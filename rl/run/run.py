@@ -1,0 +1,169 @@
+"""The paperwork of a run, the same in all scripts: its folder, progress, checkpoints, means, resume and test."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+
+from rl.args import CommonArgs
+from rl.environments.collector import Collector
+from rl.environments.evaluation import evaluate
+from rl.ppo.agent import Agent
+from rl.ppo.batch import Batch
+from rl.ppo.metrics import name_means
+from rl.processes.placement import keep_to_own_cores
+from rl.run.checkpoints import Checkpoints
+from rl.run.ending import ending
+from rl.run.folder import choose_run_folder, hyperparameter_table
+from rl.run.progress import Progress
+from rl.run.resuming import restore_environments, restore_learner, shared_checkpoint
+
+
+class Closable(Protocol):
+    """What is open until the run ends."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
+Open = TypeVar("Open", bound=Closable)
+
+
+class Run:
+    """What a process needs to know of the run it takes part in; rank 0 alone writes and speaks.
+
+    Make it once all process groups exist.
+
+    Args:
+        args: of the run.
+        rank: of this process.
+        world_size: number of processes.
+        gather_rows: returns the rows of all processes that run environments; None if there is one.
+    """
+
+    def __init__(
+        self, args: CommonArgs, rank: int, world_size: int, gather_rows: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        if dist.is_initialized():
+            # Fabric's process group would wait for half an hour.
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.timeout))
+        keep_to_own_cores()
+        self.args, self.is_first = args, rank == 0
+        self.checkpoint = shared_checkpoint(args)
+        self.updates_done: int = self.checkpoint["update"] if self.checkpoint else 0
+        self.steps = args.steps_per_update(world_size)  # of all environments together
+        self.folder = choose_run_folder(args)
+        self.train_videos = self.folder / "train_videos" if args.capture_video and self.is_first else None
+        self.checkpoints = Checkpoints(self.folder, args, gather_rows if world_size > 1 else None, self.updates_done)
+        self.progress = self.closing(Progress(args, self.steps, self.is_first, self.updates_done))
+        self.scalars: dict[str, float] = self.checkpoint["scalars"] if self.checkpoint else {}
+        self.clock = time.perf_counter()
+
+    @property
+    def purge_step(self) -> int:
+        """The environment step from which on the log of a run that is resumed is written anew."""
+        return self.updates_done * self.steps + 1
+
+    def closing(self, thing: Open) -> Open:
+        """Return what it is given, and close that however the run ends."""
+        ending.closing.callback(thing.close)
+        return thing
+
+    def open_log(self, writer: SummaryWriter | None) -> None:
+        """Begin the log with a table of all arguments, if this process writes it."""
+        if writer and self.is_first:
+            self.closing(writer).add_text("hyperparameters", hyperparameter_table(self.args))
+
+    def restore(
+        self,
+        agent: Agent,
+        optimizer: Optimizer,
+        collector: Collector | None = None,
+        gradient_step: Callable[[Batch, float], object] | None = None,
+    ) -> None:
+        """Put agent, optimizer and environments back to where the checkpoint found them, if the run goes on from one.
+
+        Args:
+            agent: the plain one.
+            optimizer: of its parameters.
+            collector: of a process that runs environments.
+            gradient_step: of a process that takes gradient steps.
+        """
+        if not self.checkpoint:
+            return
+        if gradient_step:
+            # One step before all others, which is then undone: after it DistributedDataParallel orders the gradients
+            # anew, and the last bit of a sum over three ranks depends on their order.
+            gradient_step(Batch.zeros(1, agent), 1.0)
+        restore_learner(self.checkpoint, agent, optimizer)
+        if collector:
+            restore_environments(self.checkpoint, collector)
+
+    @property
+    def acting_weights(self) -> Tensor | None:
+        """Of a run with --overlap that is resumed: the weights that act in its next rollout, [P]."""
+        return self.checkpoint["acting_weights"] if self.checkpoint else None
+
+    def updates(self) -> Iterator[int]:
+        """Count the updates that are to be done, from 1; the first begins when all processes are ready for it."""
+        if ending.peers is not None:
+            ending.peers.wait_until_all_are_ready()
+        gc.freeze()
+        gc.enable()
+        self.clock = time.perf_counter()
+        for update in range(self.updates_done + 1, self.args.num_updates + 1):
+            ending.update = update
+            yield update
+
+    def means(self, update: int, sums: Tensor) -> dict[str, float]:
+        """Return what is logged of an update. Where no episode ended, the last mean return stands.
+
+        Args:
+            update: its number.
+            sums: over all ranks, see `sum_up`.
+
+        Raises:
+            RunError: if a loss is NaN or infinite.
+        """
+        self.scalars |= name_means(sums)
+        self.scalars["Info/learning_rate"] = self.args.learning_rate_at(update)
+        self.clock, before = time.perf_counter(), self.clock
+        self.scalars["Time/step_per_second"] = self.steps / (self.clock - before)
+        return self.scalars
+
+    def end_update(
+        self,
+        update: int,
+        agent: Agent,
+        optimizer: Optimizer,
+        collector: Collector,
+        acting_weights: Tensor | None = None,
+    ) -> None:
+        """Show the progress, and write a checkpoint when it is time to; call it on all processes with environments.
+
+        Args:
+            update: its number.
+            agent: the plain one.
+            optimizer: of its parameters.
+            collector: of this process.
+            acting_weights: those that act in the next rollout, where they are not the agent's, [P].
+        """
+        self.progress.show(update, self.scalars)
+        self.checkpoints.add(update, agent.state_dict(), optimizer, self.scalars, collector, acting_weights)
+
+    def test(self, agent: Agent) -> dict[str, float]:
+        """Return the mean return of greedy episodes, by the name it is logged under; the first process runs them."""
+        self.progress.close()
+        if not self.is_first:
+            return {}
+        args = self.args
+        videos = self.folder / "test_videos" if args.capture_video else None
+        mean = float(evaluate(agent, args, args.test_episodes, args.seed, video_folder=videos).returns.mean())
+        print(f"mean return of {args.test_episodes} test episodes: {mean:.1f}, run: {self.folder}")
+        return {"Test/cumulative_reward": mean}
