@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-MINIBATCHES, REPEATS = 16, 101
+MINIBATCHES, REPEATS = 16, 21
 CLIP_COEF, VF_COEF, MAX_GRAD_NORM, LEARNING_RATE = 0.2, 0.5, 0.5, 1e-3
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-5
 
