@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Space
 from torch import Tensor
 
 from rl.args import CommonArgs
-from rl.environments.making import make_envs, record_training, reset_envs
+from rl.environments.making import make_envs, read_spaces, record_training, reset_envs
 from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Episodes, Rollout
@@ -66,8 +65,8 @@ class Collector:
         self.env_indices = range(rank * args.num_envs, (rank + 1) * args.num_envs)
         self.rollout_length = args.rollout_length(world_size)
         self.envs = make_envs(args, args.num_envs, record_training(video_folder) if video_folder else None)
-        self.observation_space: Space[Any] = self.envs.single_observation_space
-        self.action_space: Space[Any] = self.envs.single_action_space
+        # As the environment declares them; its vector has made observations flat, which hides the images among them.
+        self.observation_space, self.action_space = read_spaces(args)
         self.observations = reset_envs(self.envs, args.seed, self.env_indices[0])
         self.reward_sums = DiscountedSums(np.zeros(args.num_envs), args.gamma)
 
