@@ -2,7 +2,6 @@ import contextlib
 import re
 import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 
@@ -335,8 +334,8 @@ def test_arguments_that_are_not_given_keep_their_defaults():
 
 def test_a_flag_beside_resume_is_checked_together_with_the_flags_of_the_run(monkeypatch):
     checkpoint = {"world_size": 2, "update": 3, "path": "run/checkpoints/update_3.ckpt"}
-    stored = SimpleNamespace(load_checkpoint=lambda path: checkpoint, run_args=lambda *_: DecoupledArgs(cuda=True))
-    monkeypatch.setitem(sys.modules, "rl.run.checkpoints", stored)
+    monkeypatch.setattr("rl.run.resuming.load_checkpoint", lambda path: checkpoint)
+    monkeypatch.setattr("rl.run.resuming.run_args", lambda *_: DecoupledArgs(cuda=True))
     set_ranks(monkeypatch, world_size=2)
     args = parse(DecoupledArgs, ["--resume", "run", "--player-on-gpu"])
     assert args == DecoupledArgs(cuda=True, player_on_gpu=True, resume=checkpoint["path"])

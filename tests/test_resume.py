@@ -192,8 +192,7 @@ def test_a_resume_from_what_is_not_the_last_of_a_run_goes_on_in_a_new_folder_and
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] in ([], ["best.ckpt"])
     assert_equal_ends(new, finished_run)
     assert scalars(new, times=False) == {
-        tag: [point for point in points if point[0] > 256]
-        for tag, points in scalars(finished_run, times=False).items()
+        tag: [point for point in points if point[0] > 256] for tag, points in scalars(finished_run, times=False).items()
     }
 
 
