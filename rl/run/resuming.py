@@ -141,8 +141,9 @@ def shared_checkpoint(args: CommonArgs) -> dict[str, Any] | None:
         except ValueError as error:
             raise RunError(str(error)) from None
         content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    if dist.is_initialized():
-        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    if (world := dist.group.WORLD) is not None:
+        # The GPU that the script named, or that Fabric has made the current one.
+        device = world.bound_device_id or torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         size = torch.tensor([len(content)], device=device)
         dist.broadcast(size, 0)
         if not size:
