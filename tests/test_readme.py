@@ -1,4 +1,4 @@
-"""Every command of the README is one that works: its files exist, its flags parse."""
+"""Every command of the README and of docs/ is one that works: its files exist, its flags parse."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from rl.run.command_line import parse
 from rl.voice import LAUNCH_VARIABLES
 from tests.launching import BIN, ROOT
 
-README = (ROOT / "README.md").read_text()
+README = "\n".join(page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     command.strip()
@@ -104,3 +104,7 @@ def test_the_file_tree_names_every_file_of_the_suite():
     for file in (*ROOT.glob("*.py"), *(ROOT / "rl").glob("*.py")):
         if file.name != "__init__.py":
             assert re.search(rf"^{file.relative_to(ROOT)} ", README, re.MULTILINE), file
+    for file in (ROOT / "rl").glob("*/*.py"):
+        if file.name != "__init__.py":
+            in_wing = rf"^{file.parent.relative_to(ROOT)}/ .*\n(    .*\n)*    {file.name} "
+            assert re.search(in_wing, README, re.MULTILINE), file
