@@ -32,8 +32,7 @@ class Learner:
     def __init__(self, args):
         torch.manual_seed(0)
         self.args = args
-        self.observation_space, action_space = read_spaces(args)
-        self.agent = Agent(self.observation_space, action_space, args)
+        self.agent = Agent(*read_spaces(args), args)
         if not self.agent.encoder.images:
             self.agent.double()
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -51,14 +50,13 @@ class Learner:
 
     def compiled_step(self, rows):
         return compile_gradient_step(
-            self.plain_step, self.agent, self.optimizer, self.args, [self.minibatch(rows)], lambda tensor: tensor, 1
+            self.plain_step, self.agent, self.optimizer, self.args, rows, lambda tensor: tensor, 1
         )
 
     def minibatch(self, rows, seed=0):
         torch.manual_seed(seed)
-        zeros = Batch.zeros(rows, self.observation_space, self.agent.distribution)
-        dtype = next(self.agent.parameters()).dtype
-        batch = Batch(*(torch.randn_like(field).to(dtype) if field.is_floating_point() else field for field in zeros))
+        zeros = Batch.zeros(rows, self.agent)
+        batch = Batch(*(torch.randn_like(field) if field.is_floating_point() else field for field in zeros))
         old_log_probs = self.agent(batch.observations, batch.actions)[0].detach() + 0.1 * batch.log_probs
         return batch._replace(log_probs=old_log_probs)
 
@@ -199,7 +197,7 @@ def test_an_edit_of_the_gradient_step_takes_effect_and_one_line_says_that_nothin
     shown, other = (partial(gradient_step, *pair) for pair in zip(agents, optimizers, strict=True))
     minibatch = Learner(args).minibatch(32)
     minibatch = Batch(*(field.float() if field.is_floating_point() else field for field in minibatch))
-    step = compile_gradient_step(shown, agents[0], optimizers[0], args, [minibatch], lambda tensor: tensor, 1)
+    step = compile_gradient_step(shown, agents[0], optimizers[0], args, 32, lambda tensor: tensor, 1)
     for _ in range(3):
         torch.testing.assert_close(step(minibatch, 32), other(minibatch, 32), rtol=1e-4, atol=1e-6)
     weights = [torch.cat([parameter.flatten() for parameter in agent.parameters()]) for agent in agents]

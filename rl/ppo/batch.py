@@ -52,21 +52,18 @@ class Batch(NamedTuple):
 
     @classmethod
     def zeros(cls, num_rows: int, agent: Agent) -> "Batch":
-        """Return rows of zeros on the agent's device. No rows are enough for the shapes and types `unpack` needs.
+        """Return rows of zeros, on the device and in the precision of the agent.
+
+        No rows are enough for the shapes and types that `unpack` needs.
 
         Args:
             num_rows: number of rows.
             agent: whose observations and actions they are.
         """
-        space = agent.observation_space
+        space, weights = agent.observation_space, next(agent.parameters())
         observations = torch.zeros(num_rows, *stored_space(space).shape, dtype=getattr(torch, stored_dtype(space)))
-        columns = (torch.zeros(num_rows) for _ in range(4))
-        batch = cls(observations, agent.distribution.empty_actions(num_rows), *columns)
-        return batch.to(next(agent.parameters()).device)
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return Batch(*(field.to(device) for field in self))
+        fields = (observations, agent.distribution.empty_actions(num_rows), *weights.new_zeros(4, num_rows))
+        return cls(*(field.to(weights if field.is_floating_point() else weights.device) for field in fields))
 
     def pack(self) -> Tensor:
         """Return the rows as bytes, uint8 [B, bytes of a row]: one message, whatever the types."""
