@@ -65,8 +65,7 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
     world_size = ranks.world_size
     end_with_launcher()
     keep_streams()
-    if "" not in sys.path:  # the working directory, where the user's own environments may lie
-        sys.path.append("")
+    _search_working_directory()
     try:
         flags = _parse_flags(argv, script_args())
         before = run_before_restart()
@@ -222,7 +221,14 @@ def parse_options(options: type[Options]) -> Options:
     Raises:
         SystemExit: on `--help` or on bad input.
     """
+    _search_working_directory()
     return tyro.cli(options, args=_words(options), description=options.__doc__, registry=WHOLE_NUMBERS)
+
+
+def _search_working_directory() -> None:
+    """Let modules be imported from the working directory, where the user's own environments may lie."""
+    if "" not in sys.path:
+        sys.path.append("")
 
 
 def _words(options: type, argv: Sequence[str] | None = None) -> list[str]:
