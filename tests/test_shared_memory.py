@@ -1,0 +1,103 @@
+"""Sums in shared memory are gloo's sums; who waits in vain learns of it; nothing is left over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.launching import BIN, ROOT, WORKERS, run
+from tests.workers.shared_sums import CHECKS, PATIENCE
+
+
+@contextmanager
+def ranks(world_size: int, folder: Path, *flags: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start the ranks without a launcher, which would end them all when one ends."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKERS / "shared_sums.py"), str(folder), str(rank), str(world_size), *flags],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
+    """What each rank found out, and what all of them said."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with ranks(request.param, folder) as processes:
+        output = "".join(process.communicate(timeout=300)[0] for process in processes)
+        assert [process.returncode for process in processes] == [0] * request.param, output
+    return [json.loads((folder / f"results-{rank}").read_text()) for rank in range(request.param)], output
+
+
+@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
+def test_on_every_rank(results: tuple[list[dict], str], check: str) -> None:
+    for rank, found in enumerate(results[0]):
+        assert found.get(check, "not reached") == "", f"rank {rank}: {found.get(check)}"
+
+
+def test_says_that_it_steps_aside_and_nothing_else(results: tuple[list[dict], str]) -> None:
+    lines = results[1].splitlines()
+    assert lines
+    for line in lines:
+        assert line.startswith("going on with gloo: sums in shared memory are wrong ")
+
+
+@pytest.mark.parametrize(
+    ("what", "step", "error"),
+    [
+        ("killed", "backward", "Connection to rank 1 lost"),
+        ("stopped", "brief sum", "Timed out waiting"),
+        ("left", "destroy", "Connection to rank 1 lost"),
+    ],
+)
+def test_who_waits_in_vain_ends_soon(tmp_path: Path, what: str, step: str, error: str) -> None:
+    shared_memory = set(os.listdir("/dev/shm"))
+    with ranks(2, tmp_path, step) as (waiting, other):
+        for process in (waiting, other):
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if what != "left":
+            os.kill(other.pid, signal.SIGKILL if what == "killed" else signal.SIGSTOP)
+        begin = time.monotonic()
+        output, _ = waiting.communicate(timeout=60)
+        assert waiting.returncode == 1
+        assert f"RuntimeError: shared memory: {error}" in output
+        assert time.monotonic() - begin < PATIENCE.total_seconds()  # most of it is the end of Python
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def test_a_signal_reaches_who_waits(tmp_path: Path) -> None:
+    with ranks(2, tmp_path, "backward") as (waiting, other):
+        for process in (waiting, other):
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        waiting.terminate()
+        output, _ = waiting.communicate(timeout=60)
+        assert waiting.returncode == 7, output
+
+
+def test_fabric_sums_in_shared_memory(tmp_path: Path) -> None:
+    """With the plain `Fabric()` that `fabric run` launches."""
+    flags = ["--accelerator=cpu", "--strategy=ddp", "--devices=2"]
+    command = [str(BIN / "fabric"), "run", *flags, str(WORKERS / "shared_fabric.py")]
+    finished = run(command, cwd=tmp_path, timeout=120, env={"PYTHONPATH": str(ROOT)})
+    assert finished.returncode == 0, finished.output
+    assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0", "rank-1"]
