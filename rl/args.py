@@ -14,10 +14,9 @@ import tyro
 
 from rl.presets import PRESETS
 
-# Seconds that compiling the gradient step takes where nothing is cached, and that each step then saves, for one process
-# and for several: python -m benchmarks.compiling
-COMPILING_ALONE, SAVED_ALONE = 7.5, 0.55e-3
-COMPILING_TOGETHER, SAVED_TOGETHER = 11.0, 1.0e-3
+# Gradient steps that win back what compiling takes where nothing is cached, in C++ and with torch.compile
+# (python -m benchmarks.compiling).
+STEPS_FOR_CPP, STEPS_FOR_TORCH = 4_000, 14_000
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")  # of `fabric run`, those that train_fabric.py supports
 
 
@@ -267,6 +266,15 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
         """Return how many gradient steps `world_size` processes, which share `num_rows` rows, take in an epoch."""
         return math.ceil(math.ceil(num_rows / world_size) / self.per_rank_batch_size)
 
+    def gradient_steps(self, num_rows: int, world_size: int) -> int:
+        """Return the number of gradient steps of the whole run.
+
+        Args:
+            num_rows: rows of an update, over all processes that optimize.
+            world_size: the number of these processes.
+        """
+        return self.num_updates * self.update_epochs * self.minibatches_per_epoch(num_rows, world_size)
+
     def compiles(self, num_rows: int, world_size: int) -> bool:
         """Return whether the gradient step is compiled: as a flag says, else if that saves more time than it takes.
 
@@ -274,12 +282,7 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             num_rows: rows of an update, over all processes that optimize.
             world_size: the number of these processes.
         """
-        if self.compile is not None:
-            return self.compile
-        steps = self.num_updates * self.update_epochs * self.minibatches_per_epoch(num_rows, world_size)
-        if world_size == 1:
-            return steps * SAVED_ALONE > COMPILING_ALONE
-        return steps * SAVED_TOGETHER > COMPILING_TOGETHER
+        return self.gradient_steps(num_rows, world_size) >= STEPS_FOR_CPP if self.compile is None else self.compile
 
     def learning_rate_at(self, update: int) -> float:
         """Return the learning rate of an update, counted from 1."""

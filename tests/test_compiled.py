@@ -2,16 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import nn
 
 from rl.args import CommonArgs
 from rl.environments.making import read_spaces
-from rl.fast.gradient_step import AdamState, ProvenStep, compile_gradient_step
+from rl.fast.flat import AdamState
+from rl.fast.gradient_step import ProvenStep, compile_gradient_step
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import ppo_loss
@@ -26,39 +30,60 @@ CASES = {
 }
 
 
+def alone(tensor):
+    return tensor
+
+
 class Learner:
     """An agent, its optimizer and the lines of the scripts; in float64, where rounding hides nothing (but images)."""
 
-    def __init__(self, args):
+    def __init__(self, args, spaces=None, dtype=torch.float64):
         torch.manual_seed(0)
-        self.args = args
-        self.agent = Agent(*read_spaces(args), args)
+        self.args = replace(args, compile=True)
+        self.agent = Agent(*(spaces or read_spaces(args)), args)
         if not self.agent.encoder.images:
-            self.agent.double()
+            self.agent.to(dtype)
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     def weights(self):
         return torch.cat([parameter.detach().flatten() for parameter in self.agent.parameters()])
 
-    def plain_step(self, minibatch, rows):
-        losses = ppo_loss(self.agent, minibatch, rows, self.args)
+    def plain_step(self, minibatch, mean_rows):
+        losses = ppo_loss(self.agent, minibatch, mean_rows, self.args)
         self.optimizer.zero_grad()
         losses.loss.backward()
         nn.utils.clip_grad_norm_(self.agent.parameters(), self.args.max_grad_norm, error_if_nonfinite=True)
         self.optimizer.step()
         return torch.stack(losses).detach()
 
-    def compiled_step(self, rows):
+    def compiled_step(self, rows, sum_over_ranks=alone, world_size=1):
         return compile_gradient_step(
-            self.plain_step, self.agent, self.optimizer, self.args, rows, lambda tensor: tensor, 1
+            self.plain_step, self.agent, self.optimizer, self.args, rows * world_size, sum_over_ranks, world_size
         )
 
     def minibatch(self, rows, seed=0):
-        torch.manual_seed(seed)
+        """Rows in which ratios and values leave their bounds, though not all of them."""
+        rng = np.random.default_rng(seed)
+
+        def normal(like):
+            return torch.from_numpy(rng.standard_normal(like.shape)).to(like)
+
         zeros = Batch.zeros(rows, self.agent)
-        batch = Batch(*(torch.randn_like(field) if field.is_floating_point() else field for field in zeros))
-        old_log_probs = self.agent(batch.observations, batch.actions)[0].detach() + 0.1 * batch.log_probs
-        return batch._replace(log_probs=old_log_probs)
+        observations = normal(zeros.observations) if zeros.observations.is_floating_point() else zeros.observations
+        noise = torch.from_numpy(self.agent.distribution.draw_noise(rng, rows)).to(zeros.values)
+        with torch.no_grad():
+            actions = self.agent.act(observations, noise).to(zeros.actions)
+            log_probs, _, values = self.agent(observations, actions)
+        batch = Batch(observations, actions, log_probs, values, normal(values), normal(values))
+        return batch._replace(log_probs=log_probs + 0.2 * normal(values), values=values + 0.3 * normal(values))
+
+
+def without_native(monkeypatch):
+    monkeypatch.setattr("rl.fast.gradient_step.make_native_step", lambda *args: None)
+
+
+def without_traced(monkeypatch):
+    monkeypatch.setattr("rl.fast.traced.make_traced_step", None)  # called, it is a failure
 
 
 @pytest.fixture(autouse=True)
@@ -72,23 +97,25 @@ def learners(request):
 
 
 def assert_alike(one, other):
-    torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)  # the share of clipped ratios is always float32
 
 
-def test_it_takes_the_same_steps_and_stops_at_a_gradient_that_is_not_finite(learners):
+@pytest.mark.parametrize("without_the_other", [without_traced, without_native], ids=["native", "traced"])
+def test_it_takes_the_same_steps_and_stops_at_a_gradient_that_is_not_finite(learners, without_the_other, monkeypatch):
+    without_the_other(monkeypatch)
     plain, compiled = learners
     steps = [(7, 1e-3), (7, 5e-4), (6, 5e-4), (7, 1e-4)]
     warm_up = plain.minibatch(7, seed=9)
     for learner in learners:
         learner.plain_step(warm_up, 7)  # Adam's moments must be taken over
     step = compiled.compiled_step(7)
-    assert step != compiled.plain_step
     before = copy.deepcopy(compiled.agent.state_dict())
     for seed, (rows, learning_rate) in enumerate(steps):
         minibatch = plain.minibatch(rows, seed)
         for learner in learners:
             learner.optimizer.param_groups[0]["lr"] = learning_rate
         assert_alike(step(minibatch, rows - 0.5), plain.plain_step(minibatch, rows - 0.5))
+        assert step.is_proven
     assert_alike(compiled.agent.state_dict(), plain.agent.state_dict())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in compiled.agent.state_dict().items())
 
@@ -105,13 +132,102 @@ def test_it_takes_the_same_steps_and_stops_at_a_gradient_that_is_not_finite(lear
         step(minibatch._replace(returns=minibatch.returns + torch.inf), rows)
 
 
-def test_with_a_convolutional_network_it_takes_the_same_step_but_for_the_rounding_of_float32():
+VECTOR = Box(-1, 1, (5,))
+# What C++ knows: features, distributions, layers and options, and rows of which one chunk, or several, are not full.
+NATIVE = {
+    "defaults": (37, Discrete(3), {}),
+    "tanh, all options": (
+        130,
+        Discrete(3),
+        {"activation_function": "tanh", "clip_vloss": True, "ent_coef": 0.05, "ortho_init": True, "vf_coef": 0.7},
+    ),
+    "one hidden layer": (64, Discrete(2), {"hidden_sizes": (7,), "max_grad_norm": 0.01}),
+    "three hidden layers": (65, Discrete(17), {"hidden_sizes": (16, 33, 9), "ent_coef": 0.01, "clip_coef": 0.05}),
+    "one motor": (37, Box(-1, 1, (1,)), {"clip_vloss": True}),
+    "four motors": (100, Box(-1, 1, (2, 2)), {"ent_coef": 0.01, "activation_function": "tanh"}),
+    "one row": (1, Box(-1, 1, (4,)), {"ortho_init": True}),
+    "several choices": (70, MultiDiscrete([3, 2, 5]), {"ent_coef": 0.05, "max_grad_norm": 1000.0}),
+    "switches": (70, MultiBinary(6), {"ent_coef": 0.05, "clip_vloss": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+def test_in_cpp_it_takes_the_same_steps(name, dtype, monkeypatch):
+    without_traced(monkeypatch)
+    rows, action_space, options = NATIVE[name]
+    args = CommonArgs(**options)
+    plain, native = (Learner(args, (VECTOR, action_space), dtype) for _ in range(2))
+    before, step = plain.weights(), native.compiled_step(rows)
+    exact = dtype == torch.float64
+    for seed in range(4):
+        minibatch = plain.minibatch(rows, seed)
+        torch.testing.assert_close(
+            step(minibatch, rows - 0.5),
+            plain.plain_step(minibatch, rows - 0.5),
+            rtol=1e-7 if exact else 1e-4,
+            atol=1e-10 if exact else 1e-5,
+        )
+        assert step.is_proven
+    moved = (plain.weights() - before).norm()
+    assert 0 < (native.weights() - plain.weights()).norm() < (1e-9 if exact else 1e-3) * moved
+
+
+def test_several_processes_take_a_step_with_the_mean_of_their_gradients(monkeypatch):
+    without_traced(monkeypatch)
+    learners = [Learner(CommonArgs(hidden_sizes=(8,)), (VECTOR, Discrete(3))) for _ in range(3)]
+    plain, *ranks = learners
+    minibatch = plain.minibatch(20)
+    halves = [Batch(*(field[part::2] for field in minibatch)) for part in range(2)]
+    gradients = []
+
+    def first_sum(tensor):  # what the first rank sends is kept for the second
+        gradients.append(tensor.clone())
+        return tensor
+
+    def second_sum(tensor):
+        return tensor + gradients[-1] if len(tensor) > 1 else tensor
+
+    steps = [rank.compiled_step(10, total, 2) for rank, total in zip(ranks, (first_sum, second_sum), strict=True)]
+    losses = [step.fast(half, 10) for step, half in zip(steps, halves, strict=True)]
+    whole = plain.plain_step(minibatch, 20)
+    assert_alike(torch.stack(losses).mean(0), whole)
+    assert_alike(ranks[1].weights(), plain.weights())
+
+
+def test_where_the_loss_or_the_agent_is_edited_pytorch_compiles_it_and_a_line_says_so(monkeypatch, capsys):
+    def edited(*inputs, ppo_loss=ppo_loss):
+        losses = ppo_loss(*inputs)
+        return losses._replace(loss=losses.loss + 1e-2 * losses.value_loss)
+
+    learner = Learner(CommonArgs(hidden_sizes=(8,)), (VECTOR, Discrete(3)))
+    for module in ("rl.fast.native", "rl.fast.traced", __name__):
+        monkeypatch.setattr(f"{module}.ppo_loss", edited)
+    step, minibatch = learner.compiled_step(16), learner.minibatch(16)
+    other = Learner(learner.args, (VECTOR, Discrete(3)))
+    assert_alike(step(minibatch, 16), other.plain_step(minibatch, 16))
+    assert_alike(learner.weights(), other.weights())
+    said = capsys.readouterr().err
+    assert step.is_proven and "without compilation" not in said
+    assert said.count("PyTorch compiles the gradient step, C++ does not: the losses differ") == 1
+
+
+def test_a_minibatch_of_another_shape_or_type_is_no_access_to_foreign_memory(monkeypatch):
+    without_traced(monkeypatch)
+    learner = Learner(CommonArgs(hidden_sizes=(8,)), (VECTOR, Discrete(3)))
+    step, minibatch = learner.compiled_step(16), learner.minibatch(16)
+    for wrong in (minibatch.observations[:, :4], minibatch.observations[:8], minibatch.observations.float()):
+        with pytest.raises(ValueError, match="minibatch"):
+            step.fast(minibatch._replace(observations=wrong), 16)
+
+
+def test_with_a_convolutional_network_it_takes_the_same_step_but_for_the_rounding_of_float32(capsys):
     args = CommonArgs(env_id="tests.spaces_env:PictureAndVector-v0")
     plain, compiled = Learner(args), Learner(args)
     before, step = compiled.weights(), compiled.compiled_step(7)
-    assert step != compiled.plain_step
     minibatch = plain.minibatch(7)
     torch.testing.assert_close(step(minibatch, 7), plain.plain_step(minibatch, 7), rtol=1e-4, atol=1e-5)
+    assert step.is_proven and "C++" not in capsys.readouterr().err  # nothing is amiss
     moved = (plain.weights() - before).norm()
     assert 0 < (compiled.weights() - plain.weights()).norm() < 1e-3 * moved
 
@@ -128,7 +244,7 @@ def test_without_a_compiler_a_line_says_so_and_training_goes_on_without(tmp_path
     assert len(weights) == 2 and all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-@pytest.mark.parametrize(("flag", "steps", "compiles"), [(None, 10_000, False), (None, 10**7, True), (True, 1, True)])
+@pytest.mark.parametrize(("flag", "steps", "compiles"), [(None, 1_000, False), (None, 10_000, True), (True, 1, True)])
 def test_only_a_run_of_many_gradient_steps_is_compiled_unless_a_flag_says_so(flag, steps, compiles):
     args = CommonArgs(num_steps=100, per_rank_batch_size=50, update_epochs=1, total_timesteps=50 * max(steps, 2))
     assert args.num_updates * 2 == max(steps, 2)
@@ -195,9 +311,8 @@ def test_an_edit_of_the_gradient_step_takes_effect_and_one_line_says_that_nothin
         return torch.stack(losses).detach()
 
     shown, other = (partial(gradient_step, *pair) for pair in zip(agents, optimizers, strict=True))
-    minibatch = Learner(args).minibatch(32)
-    minibatch = Batch(*(field.float() if field.is_floating_point() else field for field in minibatch))
-    step = compile_gradient_step(shown, agents[0], optimizers[0], args, 32, lambda tensor: tensor, 1)
+    minibatch = Learner(args, dtype=torch.float32).minibatch(32)
+    step = compile_gradient_step(shown, agents[0], optimizers[0], args, 32, alone, 1)
     for _ in range(3):
         torch.testing.assert_close(step(minibatch, 32), other(minibatch, 32), rtol=1e-4, atol=1e-6)
     weights = [torch.cat([parameter.flatten() for parameter in agent.parameters()]) for agent in agents]
