@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rl.environments.collector import Collector
 from rl.fast.gradient_step import compile_gradient_step
+from rl.fast.shared_memory import use_shared_memory
 from rl.ppo.batch import Batch
 from rl.ppo.lightning_agent import LightningAgent
 from rl.ppo.loss import Losses
@@ -36,6 +37,7 @@ from rl.voice import going_on_without
 def main(args: FabricArgs) -> None:
     """Train an agent, then test it."""
     # Launch: fabric run has given this process a rank. All ranks meet in one process group.
+    use_shared_memory()
     fabric = Fabric()
     rank, world_size = fabric.global_rank, fabric.world_size
 
@@ -80,12 +82,9 @@ def main(args: FabricArgs) -> None:
     # Resume: agent, optimizer and environments go back to where a checkpoint found them.
     run.restore(agent, optimizer, collector, gradient_step)
 
-    # Compile: in a long run one graph stands in for the step above. From here on the wrapped agent, the backward pass,
-    # clipping and the optimizer run only when the graph proves itself against them, or if it cannot.
-    if args.compiles(run.steps, world_size):
-        gradient_step = compile_gradient_step(
-            gradient_step, agent, optimizer, args, run.steps, sum_over_ranks, world_size
-        )
+    # Compile: in a long run C++ or one graph stands in for the step above. From here on the wrapped agent, the backward
+    # pass, clipping and the optimizer run only when that proves itself against them, or if it cannot.
+    gradient_step = compile_gradient_step(gradient_step, agent, optimizer, args, run.steps, sum_over_ranks, world_size)
 
     # Loop over updates
     for update in run.updates():

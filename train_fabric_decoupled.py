@@ -38,6 +38,7 @@ from torch.nn.utils import parameters_to_vector
 from rl.environments.collector import Collector
 from rl.environments.making import read_spaces
 from rl.fast.gradient_step import compile_gradient_step
+from rl.fast.shared_memory import use_shared_memory
 from rl.ppo.agent import copy_weights
 from rl.ppo.batch import Batch
 from rl.ppo.lightning_agent import LightningAgent
@@ -58,6 +59,7 @@ def main(args: DecoupledArgs) -> None:
     # The script chooses the devices, so what `fabric run` would choose is set aside; torchrun then works as well.
     for name in ("LT_CLI_USED", "LT_ACCELERATOR", "LT_DEVICES", "LT_NUM_NODES", "LT_STRATEGY"):
         os.environ.pop(name, None)
+    use_shared_memory()
     device, backend = choose_device(args.cuda, processes_on_cpu=0 if args.player_on_gpu else 1)
     channel = Channel(args, backend)
     play_or_train = player if channel.rank == PLAYER else trainer
@@ -155,12 +157,11 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device) -> None
     # Resume: agent and optimizer go back to where a checkpoint found them.
     run.restore(agent, optimizer, gradient_step=gradient_step)
 
-    # Compile: in a long run one graph stands in for the step above. From here on the wrapped agent, the backward pass,
-    # clipping and the optimizer run only when the graph proves itself against them, or if it cannot.
-    if args.compiles(run.steps, num_trainers):
-        gradient_step = compile_gradient_step(
-            gradient_step, agent, optimizer, args, run.steps, channel.trainers.all_reduce, num_trainers
-        )
+    # Compile: in a long run C++ or one graph stands in for the step above. From here on the wrapped agent, the backward
+    # pass, clipping and the optimizer run only when that proves itself against them, or if it cannot.
+    gradient_step = compile_gradient_step(
+        gradient_step, agent, optimizer, args, run.steps, channel.trainers.all_reduce, num_trainers
+    )
 
     # Loop over updates
     template = Batch.zeros(0, agent)

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from rl.environments.collector import Collector
 from rl.fast.gradient_step import compile_gradient_step
+from rl.fast.shared_memory import use_shared_memory
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import Losses, ppo_loss
@@ -40,6 +41,7 @@ from rl.voice import going_on_without
 def main(args: TorchArgs) -> None:
     """Train an agent, then test it."""
     # Launch: torchrun has given this process a rank. All ranks meet in one process group.
+    use_shared_memory()
     device, backend = choose_device(args.cuda)
     gpu = device if backend == "nccl" else None
     dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout), device_id=gpu)
@@ -90,12 +92,9 @@ def main(args: TorchArgs) -> None:
     # Resume: agent, optimizer and environments go back to where a checkpoint found them.
     run.restore(agent, optimizer, collector, gradient_step)
 
-    # Compile: in a long run one graph stands in for the step above. From here on the wrapped agent, the backward pass,
-    # clipping and the optimizer run only when the graph proves itself against them, or if it cannot.
-    if args.compiles(run.steps, world_size):
-        gradient_step = compile_gradient_step(
-            gradient_step, agent, optimizer, args, run.steps, sum_over_ranks, world_size
-        )
+    # Compile: in a long run C++ or one graph stands in for the step above. From here on the wrapped agent, the backward
+    # pass, clipping and the optimizer run only when that proves itself against them, or if it cannot.
+    gradient_step = compile_gradient_step(gradient_step, agent, optimizer, args, run.steps, sum_over_ranks, world_size)
 
     # Loop over updates
     for update in run.updates():

@@ -416,7 +416,7 @@ def test_a_process_that_dies_while_another_waits_for_it_to_be_ready_is_named(to_
 
 def test_a_trainer_that_compiles_for_long_is_waited_for_longer_than_the_timeout(tmp_path):
     """A pause where the script compiles."""
-    script, place = (ROOT / DECOUPLED).read_text(), "    if args.compiles("
+    script, place = (ROOT / DECOUPLED).read_text(), "    gradient_step = compile_gradient_step("
     assert script.count(place) == 1
     (tmp_path / "slow.py").write_text(script.replace(place, f"    __import__('time').sleep(16)\n{place}"))
     command = torchrun(2, tmp_path / "slow.py", *FLAGS, "--total-timesteps=512", "--timeout=8")

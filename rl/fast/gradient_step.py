@@ -40,9 +40,10 @@ def compile_gradient_step(
 ) -> GradientStep:
     """Return what stands in for `shown`, the gradient step of a script, as long as it does the same (`ProvenStep`).
 
-    For perceptrons with the loss of `ppo_loss` that is C++ (`native`), for all else what `torch.compile` makes of
-    the agent and the loss (`traced`). From here on all weights lie in one tensor, and so does each part of Adam's state
-    (`FlatAdam`).
+    That is `shown` itself in a run of fewer gradient steps than win back the seconds of compiling, unless `--compile`
+    says otherwise. Else it is C++ (`native`) for perceptrons with the loss of `ppo_loss`, and for all others what
+    `torch.compile` makes of the agent and the loss (`traced`). From here on all weights lie in one tensor, and so does
+    each part of Adam's state (`FlatAdam`).
 
     Args:
         shown: takes a minibatch and what `ppo_loss` calls `mean_rows`, takes a gradient step, and returns what `Losses`
@@ -54,6 +55,8 @@ def compile_gradient_step(
         sum_over_ranks: adds up a tensor over these ranks.
         world_size: the number of these ranks.
     """
+    if not args.compiles(num_rows, world_size):
+        return shown
     optimizer = getattr(optimizer, "optimizer", optimizer)  # without what Fabric wraps around it
     group, *others = optimizer.param_groups
     if type(optimizer) is not torch.optim.Adam or others or group["amsgrad"] or group["maximize"]:

@@ -1,4 +1,4 @@
-"""Stands in for gloo's all-reduce between processes of one host: they add up what lies in memory that all of them see.
+"""Stands in for gloo's all-reduce and barrier between processes of one host: they add up what lies in shared memory.
 
 A message to a process of one's own host takes gloo some hundred microseconds, for 40 kB of gradients as for one byte.
 """
@@ -6,51 +6,47 @@ A message to a process of one's own host takes gloo some hundred microseconds, f
 import mmap
 import os
 import platform
-import secrets
 import socket
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
+from uuid import uuid4
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, Store
+from torch.distributed import Backend, ProcessGroup, ReduceOp, Store
 from torch.distributed import distributed_c10d as c10d
 from torch.futures import Future
 
 from rl.voice import say_first
 
 PROCESSORS = ("x86_64", "AMD64")  # each shows the others its stores in their order; elsewhere nothing promises that
-KINDS = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64, torch.uint8: np.uint8}
-NOTHING = np.empty(0, np.uint8)
-SLOT = 2**22  # bytes that a rank lays down at once; larger tensors go in parts. What is not used takes no memory.
+TYPES = {torch.float32: np.float32, torch.float64: np.float64}
+SLOT = 2**23  # bytes that a rank can lay down; what is not used takes no memory
 LINE = 16  # numbers of 8 bytes: what two processors write is never on one cache line, nor on neighbours
 
-# How a rank waits: some 30 µs it does nothing but look, as the others are about to come. Then it leaves the core to
-# others, whom it may be waiting for: it sleeps, 60 µs at least as the system has it, and up to a tenth of its wait so
-# far. To yield the core would leave it less to those who have work.
+# A rank that waits does nothing but look at first, as the others are about to come. Then it leaves the core to others,
+# whom it may be waiting for: it sleeps, for up to a tenth of its wait so far.
 LOOKS = 200
 LONGEST_SLEEP = 0.0002  # seconds
 CHECKING = 0.05  # seconds, until and between two checks that the other is alive and the time is not up
 
 PROOF = (8, 10_000)  # rounds, and numbers in each
-PROOF_TIMEOUT = timedelta(seconds=10)
 TOLERANCE = 1e-5  # of sums over more than two ranks, since gloo adds in another order; rounding leaves 1e-6
 
 
-class Member(NamedTuple):
-    """A process of the group, in numbers, so that gloo can carry them."""
+def use_shared_memory() -> None:
+    """Make shared memory the backend of process groups on the CPU, which `choose_device` returns and Fabric chooses.
 
-    rank: int  # among all processes
-    process_id: int
-    started: int  # tells it from a later process with this id
-    descriptor: int  # of the memory, if it has made that
-    token: int  # of the memory
+    Where memory cannot be shared (several hosts, another processor or system), such a group is gloo's.
+    """
+    if "shared" not in Backend.backend_list:
+        Backend.register_backend("shared", _create_group, devices=["cpu"])
+        Backend.default_device_backend_map["cpu"] = "shared"
 
 
 class Done(dist._Work):
@@ -80,237 +76,151 @@ class Done(dist._Work):
 
 
 class SharedMemoryGroup(ProcessGroup):
-    """A process group that sums, broadcasts and waits in shared memory, at once, and leaves all else to gloo.
+    """A process group that sums and waits in shared memory, at once, and leaves all else to gloo.
 
-    In a round each rank lays a part of its tensor into its slot, sets its counter to the number of the round, and reads
-    the slots of the others as their counters get there. A counter of n says that this rank has read all that it wants
-    of round n - 1, so two slots in turn are enough. All ranks add in the order of ranks: so they get the same, and an
-    element's sum does not depend on where it stands in the tensor, as it does with gloo's ring.
+    In a round each rank lays its tensor into its slot, sets its counter to the number of the round, and reads the slots
+    of the others once their counters have got there. A counter of n says that this rank has read all of round n - 1, so
+    two slots in turn are enough. All ranks add in the order of ranks: so they get the same, and the sum of an element
+    does not depend on where it stands in the tensor, as it does with gloo's ring.
 
     A wait ends with an error after the timeout of the gloo group, and soon after the process waited for has ended.
 
     Args:
-        group: the same processes with gloo.
-        members: by their rank in the group.
-        memory: of zeros.
+        gloo: the same processes.
+        memory: of zeros, the same for all.
     """
 
-    def __init__(self, group: ProcessGroup, members: list[Member], memory: mmap.mmap) -> None:
-        super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
-        for device in group._device_types:  # the methods that are not defined here look there
-            self._register_backend(device, ProcessGroup.BackendType.GLOO, group._get_backend(device))
+    def __init__(self, gloo: Any, memory: mmap.mmap) -> None:
+        rank, size = gloo.rank(), gloo.size()
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        # The methods that are not defined here look there.
+        self._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
         self._set_default_backend(ProcessGroup.BackendType.GLOO)
-        self.gloo: Any = group._get_backend(torch.device("cpu"))
-        self.timeout: timedelta | None = None  # None: that of gloo
-        self.members, self.me, self.round = members, group.rank(), 0
-        self.others = [rank for rank in range(len(members)) if rank != self.me]
+        self.gloo, self.me, self.round = gloo, rank, 0
+        self.others = [other for other in range(size) if other != rank]
         numbers = memoryview(memory).cast("q")
-        self.counters = numbers[: len(members) * LINE : LINE]
-        self.have_left = numbers[1 : len(members) * LINE : LINE]
-        slots = np.frombuffer(memory, np.uint8, offset=8 * LINE * len(members)).reshape(2, len(members), SLOT)
-        self.slots = {kind: [list(turn) for turn in slots.view(kind)] for kind in KINDS.values()}
+        self.counters = numbers[: size * LINE : LINE]
+        self.process_ids = numbers[1 : size * LINE : LINE]  # 0 of one that has left
+        self.process_ids[rank] = os.getpid()
+        slots = np.frombuffer(memory, np.uint8, offset=8 * LINE * size).reshape(2, size, SLOT)
+        self.slots = {kind: [list(turn) for turn in slots.view(kind)] for kind in TYPES.values()}
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:  # type: ignore[override]
-        """Sum over all ranks, in place; other operations are gloo's."""
+        """Sum over all ranks, or average, in place; what does not fit is gloo's."""
         opts = opts or dist.AllreduceOptions()
-        if not _fit(tensors) or opts.reduceOp != ReduceOp.SUM:
+        tensor, is_mean = tensors[0], opts.reduceOp == ReduceOp.AVG
+        if (
+            not (is_mean or opts.reduceOp == ReduceOp.SUM)
+            or len(tensors) > 1
+            or tensor.dtype not in TYPES
+            or tensor.nbytes > SLOT
+        ):
             return self.gloo.allreduce(tensors, opts)
-        for part in _parts(tensors[0]):
-            first, second, *more = self._exchange(part, self.others)
-            np.add(first, second, out=part)
-            for row in more:
-                np.add(part, row, out=part)
-        return Done(tensors)
-
-    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Any:  # type: ignore[override]
-        """Copy the tensor of one rank to the others; it goes on before they come, if its slot is free."""
-        opts = opts or dist.BroadcastOptions()
-        if not _fit(tensors):
-            return self.gloo.broadcast(tensors, opts)
-        root = opts.rootRank
-        for part in _parts(tensors[0]):
-            if self.me == root:
-                self._exchange(part, [])
-            else:
-                part[:] = self._exchange(part, [root], lay=False)[root]
+        values = tensor.detach().numpy()
+        slots = self.slots[values.dtype.type][(self.round + 1) % 2]
+        first, second, *more = slots = [slot[: values.size].reshape(values.shape) for slot in slots]
+        slots[self.me][...] = values
+        self._meet()
+        np.add(first, second, out=values)
+        for slot in more:
+            np.add(values, slot, out=values)
+        if is_mean:
+            values /= self.size()
         return Done(tensors)
 
     def barrier(self, opts: Any = None) -> Done:
         """Wait for all."""
-        self._exchange(NOTHING, self.others, lay=False)
+        self._meet()
         return Done([])
 
     def shutdown(self) -> None:
         """Leave; who waits for this rank gets an error."""
-        self.have_left[self.me] = 1
+        self.process_ids[self.me] = 0
         super().shutdown()
 
-    def _exchange(self, part: np.ndarray, sources: list[int], lay: bool = True) -> list[np.ndarray]:
-        """Take part in a round; return all slots, cut to the part's size, when those of the sources are filled.
-
-        Args:
-            part: what this rank lays down, if it does.
-            sources: the ranks to read from.
-            lay: whether it does.
-        """
+    def _meet(self) -> None:
+        """Begin a round, and wait until all others have."""
         self.round += 1
-        rows = [slot[: len(part)] for slot in self.slots[part.dtype.type][self.round % 2]]
-        if lay:
-            for rank in self.others:  # they may still read what the slot held two rounds ago
-                self._wait(rank, self.round - 1)
-            rows[self.me][:] = part
         self.counters[self.me] = self.round
-        for rank in sources:
-            self._wait(rank, self.round)
-        return rows
+        for rank in self.others:
+            for _ in range(LOOKS):
+                if self.counters[rank] >= self.round:
+                    break
+            else:
+                self._wait_for(rank)
 
-    def _wait(self, rank: int, number: int) -> None:
-        """Wait until a rank's counter is at least this number.
+    def _wait_for(self, rank: int) -> None:
+        """Wait until a rank has begun the round.
 
         Raises:
-            RuntimeError: if the rank is gone, or the time up.
+            DistBackendError: if it is gone, or the time up.
         """
-        counters = self.counters
-        for _ in range(LOOKS):
-            if counters[rank] >= number:
-                return
         begin, next_check = time.monotonic(), CHECKING
-        while counters[rank] < number:
+        while self.counters[rank] < self.round:
             waited = time.monotonic() - begin
             time.sleep(min(waited / 10, LONGEST_SLEEP))
             if waited > next_check:
                 next_check = waited + CHECKING
-                self._check(rank, number, waited)
-
-    def _check(self, rank: int, number: int, waited: float) -> None:
-        """Raise an error if a rank is gone, or the time up."""
-        member = self.members[rank]
-        is_gone = self.have_left[rank] or _started(member.process_id) != member.started
-        if self.counters[rank] >= number:  # it was the last that it did
-            return
-        if is_gone:
-            raise RuntimeError(f"shared memory: Connection to rank {member.rank} lost")
-        if waited > (self.timeout or self.gloo.options._timeout).total_seconds():
-            raise RuntimeError(f"shared memory: Timed out waiting {waited * 1000:.0f} ms for rank {member.rank}")
+                is_gone = not _lives(self.process_ids[rank])
+                if is_gone and self.counters[rank] < self.round:  # else that was its last act
+                    raise dist.DistBackendError("shared memory: a process is gone")
+                if waited > self.gloo.options._timeout.total_seconds():
+                    raise dist.DistBackendError("shared memory: timed out")
 
 
-def use_shared_memory(group: ProcessGroup | None = None) -> ProcessGroup:
-    """Let the processes of a gloo group sum in shared memory if they can, and return their group; all of them call it.
-
-    Where they cannot, on several hosts or another processor, and for a group that is not gloo's or that this process is
-    not a member of, the group is returned as it is. Otherwise `torch.distributed` knows the returned group in its
-    place, so call this before a `DistributedDataParallel` or something else has taken hold of the old one.
-
-    Args:
-        group: None for the group of all.
-    """
-    old = group or c10d._get_default_group()
-    new = _share(old) if isinstance(old, ProcessGroup) and not isinstance(old, SharedMemoryGroup) else old
-    if new is old:
-        return old
-    world, name = c10d._world, old.group_name
-    books: list[dict[ProcessGroup, Any]] = [world.pg_map, world.pg_names, world.pg_group_ranks]
-    for book in [*books, world.pg_backend_config, world.pg_to_tag]:
-        book[new] = book.pop(old)
-    for groups in world.tags_to_pg.values():
-        groups[:] = [new if member is old else member for member in groups]
-    c10d._unregister_process_group(name)
-    c10d._register_process_group(name, new)
-    new._set_group_name(name)
-    new._set_group_desc(old.group_desc)
-    if old is world.default_pg:
-        c10d._update_default_pg(new)
-    return new
-
-
-def _create(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
-    """Form a group for `dist.new_group(ranks, backend="shared")`; where memory cannot be shared it is gloo's."""
-    group = ProcessGroup(store, rank, size)
-    gloo = c10d.ProcessGroupGloo(store, rank, size, timeout=timeout)
-    gloo._set_sequence_number_for_group()
-    for device in map(torch.device, DEVICES):
-        group._register_backend(device, ProcessGroup.BackendType.GLOO, gloo)
-    group._set_default_backend(ProcessGroup.BackendType.GLOO)
-    return _share(group)
-
-
-DEVICES = ["cpu", "cuda"]  # those of gloo
-dist.Backend.register_backend("shared", _create, devices=DEVICES)
-
-
-def _share(group: ProcessGroup) -> ProcessGroup:
-    """Return what `use_shared_memory` does; all ranks decide alike, by messages through gloo."""
-    cpu = torch.device("cpu")
-    backend = group._get_backend(cpu) if cpu in group._device_types else None
-    if not isinstance(backend, c10d.ProcessGroupGloo) or group.size() == 1:
-        return group
-    gloo: Any = backend
-    descriptor, token = -1, secrets.randbits(62)
-    if group.rank() == 0 and platform.machine() in PROCESSORS:
-        with suppress(OSError, AttributeError):  # it is not Linux, or one that forbids it
-            descriptor = os.memfd_create(_name(token))
-            os.ftruncate(descriptor, group.size() * (8 * LINE + 2 * SLOT))
-    rank = dist.get_rank() if dist.is_initialized() else group.rank()
-    own = torch.tensor(Member(rank, os.getpid(), _started(os.getpid()), descriptor, token))
-    rows = [torch.empty_like(own) for _ in range(group.size())]
-    gloo.allgather([rows], [own]).wait()
-    members = [Member(*row.tolist()) for row in rows]
-    memory = _attach(members)
-    all_see_it = _all(gloo, memory is not None)
+def _create_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """Form a group; all ranks decide alike whether in shared memory."""
+    gloo: Any = c10d.ProcessGroupGloo(store, rank, size, timeout=timeout)
+    if size == 1:
+        return gloo
+    descriptor, name = -1, f"{uuid4().hex} {socket.gethostname()}"
+    if rank == 0:
+        if platform.machine() in PROCESSORS:
+            with suppress(OSError, AttributeError):  # it is not Linux, or one that forbids it
+                descriptor = os.memfd_create(name.partition(" ")[0])
+                os.ftruncate(descriptor, size * (8 * LINE + 2 * SLOT))
+        store.set("memory", f"{os.getpid()} {descriptor} {name}")
+    memory = _attach(*store.get("memory").decode().split())
+    group = SharedMemoryGroup(gloo, memory) if memory else None
+    all_see_it = _all(gloo, group is not None)
     if descriptor >= 0:
         os.close(descriptor)
-    if not all_see_it:
-        return group
-    shared = SharedMemoryGroup(group, members, cast("mmap.mmap", memory))
-    difference = _difference(shared)
+    if group is None or not all_see_it:
+        return gloo
+    difference = _difference(group)
     if _all(gloo, not difference):
-        return shared
+        return group
     say_first("shared memory", f"going on with gloo: sums in shared memory are wrong {difference or 'on other ranks'}")
-    return group
+    return gloo
 
 
-def _name(token: int) -> str:
-    """Return the name of the memory in /proc; two names of one machine count as two hosts."""
-    return f"sum-{token}-{socket.gethostname()}"
+def _attach(process_id: str, descriptor: str, name: str, host: str) -> mmap.mmap | None:
+    """Return the memory that rank 0 has made, None if it has not, or on another host.
 
-
-def _attach(members: list[Member]) -> mmap.mmap | None:
-    """Return the memory that the first has made, None if it has not, or if not all are seen to run on this host.
-
-    No file leads there, so nothing is left over however the processes end: /proc shows it while the first has it open.
+    No file leads there, so nothing is left over however the processes end: /proc shows it while rank 0 has it open.
     """
-    first = members[0]
-    path = f"/proc/{first.process_id}/fd/{first.descriptor}"
+    path = f"/proc/{process_id}/fd/{descriptor}"
     try:
-        if os.readlink(path) != f"/memfd:{_name(first.token)} (deleted)":
+        if host != socket.gethostname() or os.readlink(path) != f"/memfd:{name} (deleted)":
             return None
-        if any(_started(member.process_id) != member.started for member in members):
-            return None
-        descriptor = os.open(path, os.O_RDWR)
+        with open(path, "r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
     except OSError:
         return None
-    try:
-        return mmap.mmap(descriptor, 0)
-    finally:
-        os.close(descriptor)
 
 
-def _difference(shared: SharedMemoryGroup) -> str:
+def _difference(group: SharedMemoryGroup) -> str:
     """Return by how much some sums differ from gloo's, empty if by rounding only, which two ranks do not leave."""
-    generator = torch.Generator().manual_seed(shared.me)
-    values = torch.randn(PROOF, generator=generator)
+    values = torch.randn(PROOF, generator=torch.Generator().manual_seed(group.me))
     expected = values.clone()
-    shared.gloo.allreduce([expected]).wait()
-    shared.timeout = PROOF_TIMEOUT
+    group.gloo.allreduce([expected]).wait()
     try:
         for row in values:
-            shared.allreduce([row])
-    except RuntimeError as error:
+            group.allreduce([row])
+    except dist.DistBackendError as error:
         return f"({error})"
-    finally:
-        shared.timeout = None
     difference = (values - expected).abs().max().item()
-    return "" if difference <= (TOLERANCE if len(shared.members) > 2 else 0) else f"by {difference:.1e}"
+    return "" if difference <= (TOLERANCE if group.size() > 2 else 0) else f"by {difference:.1e}"
 
 
 def _all(gloo: Any, opinion: bool) -> bool:
@@ -322,27 +232,9 @@ def _all(gloo: Any, opinion: bool) -> bool:
     return bool(agreed)
 
 
-def _fit(tensors: list[Tensor]) -> bool:
-    """Whether shared memory carries these tensors."""
-    tensor = tensors[0]
-    return len(tensors) == 1 and tensor.is_cpu and tensor.dtype in KINDS and tensor.layout is torch.strided
-
-
-def _parts(tensor: Tensor) -> Iterator[np.ndarray]:
-    """Yield the numbers of a tensor, as many as a slot holds at a time; what is written there the tensor gets."""
-    array = tensor.detach().numpy()
-    flat = array.reshape(-1)
-    step = SLOT // flat.itemsize
-    for start in range(0, len(flat), step):
-        yield flat[start : start + step]
-    if not tensor.is_contiguous():  # else no copy was made
-        array[...] = flat.reshape(array.shape)
-
-
-def _started(process_id: int) -> int:
-    """Return when a process started, in ticks of the machine's clock; 0 if it is gone."""
+def _lives(process_id: int) -> bool:
+    """Whether a process of this host has not ended."""
     try:
-        state, *fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
-        return 0
-    return 0 if state in "ZX" else int(fields[18])
+        return False

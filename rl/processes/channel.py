@@ -1,7 +1,6 @@
 """The channel between the player and the trainers: three messages, each send directly above its receive."""
 
 from datetime import timedelta
-from typing import Literal
 
 import torch
 from lightning.fabric.plugins.collectives import TorchCollective
@@ -35,7 +34,7 @@ class Channel:
         backend: of the trainers among themselves; gloo if any process says so.
     """
 
-    def __init__(self, args: DecoupledArgs, backend: Literal["gloo", "nccl"]) -> None:
+    def __init__(self, args: DecoupledArgs, backend: str) -> None:
         self.args = args
         # Every process creates every group, in the same order, whether it belongs to it or not. A group does not
         # inherit the time that it waits.

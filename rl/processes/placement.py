@@ -1,18 +1,19 @@
 """Where the processes run: on which cores, and on the CPU or dealt out to the GPUs of their machine."""
 
 import os
-from typing import Literal
 
 import torch
+from torch.distributed import Backend
 
 from rl.processes.ranks import read_ranks
 from rl.voice import RunError, say
 
 
-def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, Literal["gloo", "nccl"]]:
+def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, str]:
     """Return the device of this process, and the backend for those that share its kind of device.
 
-    NCCL wants a GPU for each process; where several share one, they talk through gloo.
+    On the CPU that is PyTorch's default, which `use_shared_memory` changes. NCCL wants a GPU for each process; where
+    several share one, they talk through gloo.
 
     Args:
         cuda: whether GPUs are used at all.
@@ -23,7 +24,7 @@ def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, 
     """
     ranks = read_ranks()
     if not cuda:
-        return torch.device("cpu"), "gloo"
+        return torch.device("cpu"), Backend.default_device_backend_map["cpu"]
     if not (num_gpus := torch.cuda.device_count()):
         raise RunError("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
     first_rank_here = ranks.rank - ranks.local_rank
@@ -31,7 +32,7 @@ def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, 
     on_gpu_here = ranks.local_world_size - on_cpu_here
     if on_gpu_here > num_gpus:
         say(f"{on_gpu_here} processes share {num_gpus} GPU{'s' * (num_gpus > 1)}: they talk through gloo, not NCCL")
-    backend: Literal["gloo", "nccl"] = "gloo" if on_gpu_here > num_gpus else "nccl"
+    backend = "gloo" if on_gpu_here > num_gpus else "nccl"
     if ranks.local_rank < on_cpu_here:
         return torch.device("cpu"), backend
     return torch.device("cuda", (ranks.local_rank - on_cpu_here) % num_gpus), backend
