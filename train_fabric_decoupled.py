@@ -101,9 +101,12 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
         # Rollout: T steps in each environment, unless it was collected ahead; then the advantages.
         rollout, episodes = ahead or collector.collect(agent, update)
         batch = prepare_batch(rollout, agent, args)
+        ahead = None
+        del rollout  # the messages and the next rollout need the memory
 
         # Message 1: all rows to every trainer, or a random part to each.
         channel.send_batch(batch, update)
+        del batch
 
         # Overlap: collect the next rollout while the trainers optimize on this one.
         acting_weights = parameters_to_vector(agent.parameters()).detach() if args.overlap else None

@@ -116,6 +116,7 @@ def main(args: TorchArgs) -> None:
             kl = Losses(*losses[-1]).approx_kl.clone()
             if args.target_kl and sum_over_ranks(kl) / world_size > args.target_kl:
                 break
+        del rollout, batch, minibatch  # the next rollout needs the memory
 
         # Guard: all ranks hold the same weights.
         check_agreement(gather_rows(weights_checksum(agent)), update)

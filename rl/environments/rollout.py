@@ -1,5 +1,6 @@
 """The rollout: what the environments answered to the agent. The only loop over environment steps."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,8 @@ from rl.voice import RunError
 if TYPE_CHECKING:
     from rl.environments.making import Envs
 
-ROWS_AT_ONCE = 2048  # bounds the memory that a convolutional network takes for a whole rollout
+# Rows of a rollout that go through the network at once, and numbers in them: that bounds the memory.
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 2048, 2**20
 
 
 @torch.no_grad()
@@ -76,11 +78,18 @@ def collect_rollout(
     _check_finite(raw_observations, rewards, final_observations)
     # Everything else follows from the whole at once, which is faster than step by step.
     raw, acted = raw.to(device), acted.to(device)
-    observed = agent.observation_normalizer(raw)
-    steps_at_once = max(1, ROWS_AT_ONCE // shape[1])
-    blocks = zip(observed[:-1].split(steps_at_once), acted.split(steps_at_once), strict=True)
-    log_probs, _, values = map(torch.cat, zip(*(agent(*block) for block in blocks), strict=True))
-    next_values = torch.cat([values[1:], agent.value(observed[-1:])])
+    last = agent.observation_normalizer(raw[-1:])
+    # In memory environment after environment, as a batch has them: so that takes no copy.
+    observed = last.new_empty(shape[1], shape[0], *last.shape[2:]).transpose(0, 1)
+    rows_at_once = min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // last[0, 0].numel())
+    split = partial(torch.split, split_size_or_sections=max(1, rows_at_once // shape[1]))
+    outputs = []
+    for block, normalised, chosen in zip(split(raw[:-1]), split(observed), split(acted), strict=True):
+        seen = agent.observation_normalizer(block)
+        normalised.copy_(seen)
+        outputs.append(agent(seen, chosen))
+    log_probs, _, values = map(torch.cat, zip(*outputs, strict=True))
+    next_values = torch.cat([values[1:], agent.value(last)])
     if final_observations:
         steps, indices = zip(*final_observations, strict=True)
         finals = torch.tensor(np.stack(list(final_observations.values())), dtype=dtype, device=device)
@@ -88,7 +97,7 @@ def collect_rollout(
     terminated = torch.from_numpy(terminations).to(device)
     rollout = Rollout(
         raw_observations=raw[:-1],
-        observations=observed[:-1],
+        observations=observed,
         actions=acted,
         log_probs=log_probs,
         rewards=torch.from_numpy(rewards).to(device),
@@ -96,7 +105,7 @@ def collect_rollout(
         values=values,
         next_values=next_values.masked_fill(terminated, 0.0),
     )
-    return rollout, raw_observations[-1], episodes
+    return rollout, raw_observations[-1].copy(), episodes  # a view would keep all of them alive
 
 
 def _check_finite(

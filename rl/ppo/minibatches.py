@@ -8,6 +8,8 @@ from rl.args import CommonArgs
 from rl.ppo.batch import Batch
 from rl.seeding import Purpose, stream
 
+GATHERED = 2**22  # bytes of minibatches that are gathered at once
+
 
 def almost_equal_sizes(rows: int, parts: int) -> list[int]:
     """Return the sizes of `parts` parts of `rows` rows; they differ by at most one (as `torch.tensor_split`)."""
@@ -45,11 +47,15 @@ def minibatches(
     sizes = minibatch_sizes(num_rows, args, world_size)
     if args.share_data:
         order = torch.cat([rows[rank::world_size] for rows in order.split([sum(ranks) for ranks in sizes])])
-    # All rows are gathered at once, which is faster than minibatch by minibatch.
     order = order.to(batch.actions.device)
-    fields = (field.index_select(0, order).split([ranks[rank] for ranks in sizes]) for field in batch)
-    for minibatch, ranks in zip(zip(*fields, strict=True), sizes, strict=True):
-        yield Batch(*minibatch), sum(ranks) / world_size
+    # The rows of many minibatches are gathered at once, which is faster.
+    at_once = max(1, GATHERED // (sizes[0][rank] * sum(batch.field_bytes) or 1))
+    for first in range(0, len(sizes), at_once):
+        some = sizes[first : first + at_once]
+        rows, order = order.tensor_split([sum(ranks[rank] for ranks in some)])
+        fields = (field.index_select(0, rows).split([ranks[rank] for ranks in some]) for field in batch)
+        for minibatch, ranks in zip(zip(*fields, strict=True), some, strict=True):
+            yield Batch(*minibatch), sum(ranks) / world_size
 
 
 def minibatch_sizes(num_rows: int, args: CommonArgs, world_size: int) -> list[list[int]]:

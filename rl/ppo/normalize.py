@@ -11,14 +11,18 @@ from rl.spaces import Image, observation_parts
 
 ADVANTAGE_EPSILON = 1e-8
 VARIANCE_EPSILON = 1e-8
+ELEMENTS = 2**20  # whose moments are computed at once, which bounds the memory
 LARGEST = 10.0  # normalised observations and rewards are clipped to ±10
 
 
 def moments(samples: Tensor) -> Tensor:
     """Return count, sum and sum of squares over the first two axes of [T, N, ...], float64 [3, ...]."""
-    exact = samples.double()
-    count = torch.full_like(exact[0, 0], exact.shape[0] * exact.shape[1])
-    return torch.stack([count, exact.sum((0, 1)), exact.square().sum((0, 1))])
+    total = samples.new_zeros(3, *samples.shape[2:], dtype=torch.float64)
+    for block in samples.split(max(1, ELEMENTS // max(1, samples[0].numel()))):
+        exact = block.double()
+        count = torch.full_like(exact[0, 0], exact.shape[0] * exact.shape[1])
+        total += torch.stack([count, exact.sum((0, 1)), exact.square().sum((0, 1))])
+    return total
 
 
 def mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from rl.seeding import Purpose, stream
 
 PLAYER = 0
 LEAD_TRAINER = 1
+ROWS_AT_ONCE = 512  # that are packed at once, which bounds the memory
 
 
 class Channel:
@@ -64,17 +65,17 @@ class Channel:
             batch: B rows.
             update: its number, which decides the parts.
         """
-        rows = batch.pack().cpu()
         if self.args.share_data:
-            self.everyone.broadcast(rows, PLAYER)
+            self.everyone.broadcast(batch.pack().cpu(), PLAYER)
             return
-        rows = rows[stream(self.args.seed, Purpose.SCATTER, update).permutation(len(rows))]
-        sizes = almost_equal_sizes(len(rows), self.num_trainers)
-        # A scatter wants equal parts, one for the player itself too: all are padded to the largest.
-        padded = rows.new_zeros(self.world_size, sizes[0], rows.shape[1])
-        for part, share in zip(padded[1:], rows.split(sizes), strict=True):
-            part[: len(share)] = share
-        self.everyone.scatter(torch.empty_like(padded[0]), list(padded), PLAYER)
+        order = torch.from_numpy(stream(self.args.seed, Purpose.SCATTER, update).permutation(batch.num_rows))
+        sizes = almost_equal_sizes(batch.num_rows, self.num_trainers)
+        # A scatter wants equal parts, so all are padded to the largest, and a part for the player: the first, unmoved.
+        padded = torch.zeros(self.num_trainers, sizes[0], sum(batch.field_bytes), dtype=torch.uint8)
+        for part, share in zip(padded, order.split(sizes), strict=True):
+            for block, rows in zip(part[: len(share)].split(ROWS_AT_ONCE), share.split(ROWS_AT_ONCE), strict=True):
+                block[:] = Batch(*(field[rows.to(field.device)] for field in batch)).pack()
+        self.everyone.scatter(padded[0], [padded[0], *padded], PLAYER)
 
     def receive_batch(self, template: Batch) -> Batch:
         """Message 1, by a trainer: its rows, on the device of the template, which gives the shapes and types."""
