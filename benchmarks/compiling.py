@@ -81,7 +81,7 @@ def main() -> None:
     keep_to_own_cores()
     rows_of_table = []
     for rows in ROWS:
-        args = CommonArgs(per_rank_batch_size=rows)
+        args = CommonArgs(compile=True, per_rank_batch_size=rows)
         agent = Agent(Box(-1, 1, (8,)), Discrete(4), args)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         shown, minibatch = make_gradient_step(agent, optimizer, args), random_minibatch(agent, rows)

@@ -31,7 +31,7 @@ UNITS = (64, 256, 512)  # of each hidden layer
 
 def make_step(units: int, rows: int, processes: int) -> Callable[[], Tensor]:
     """Return a gradient step of one or of two processes on a minibatch of `rows` rows in all."""
-    args = CommonArgs(hidden_sizes=(units, units), per_rank_batch_size=rows // processes)
+    args = CommonArgs(compile=True, hidden_sizes=(units, units), per_rank_batch_size=rows // processes)
     agent = Agent(Box(-1, 1, (8,)), Discrete(4), args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     minibatch = random_minibatch(agent, rows // processes)

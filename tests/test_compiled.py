@@ -295,7 +295,7 @@ EDITS = {
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_of_the_gradient_step_takes_effect_and_one_line_says_that_nothing_is_compiled(name, capsys):
     edit = EDITS[name]
-    args = CommonArgs()
+    args = CommonArgs(compile=True)
     torch.manual_seed(0)
     agents = [Agent(*read_spaces(args), args) for _ in range(2)]
     agents[1].load_state_dict(agents[0].state_dict())
