@@ -27,8 +27,8 @@ def short_runs():
 
 
 def draw_trials():
-    """Every process dies at a random moment; those that write checkpoints also in a write, each at another moment."""
-    at_random = [(name, rank, faults.RANDOM) for name in PLAIN for rank in range(faults.COMMANDS[name].processes)]
+    """In each command the last process dies at a random moment, and the first in a write, each at another moment."""
+    at_random = [(name, faults.COMMANDS[name].processes - 1, faults.RANDOM) for name in PLAIN]
     in_writes = [(name, 0, moment) for name, moment in zip(PLAIN, faults.MOMENTS, strict=True)]
     return [
         faults.Trial(number, SEED, name, faults.COMMANDS[name].own, rank, moment)
