@@ -26,6 +26,11 @@ from rl.voice import say_first
 
 PROCESSORS = ("x86_64", "AMD64")  # each shows the others its stores in their order; elsewhere nothing promises that
 TYPES = {torch.float32: np.float32, torch.float64: np.float64}
+COLLECTIVES = (  # that gloo does
+    *("broadcast", "reduce", "gather", "scatter", "send", "recv", "recv_anysource", "alltoall", "all_to_all_single"),
+    *("allgather", "_allgather_base", "all_gather_single", "allgather_coalesced", "all_gather_single_coalesced"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single", "allreduce_coalesced", "alltoall_base"),
+)
 SLOT = 2**23  # bytes that a rank can lay down; what is not used takes no memory
 LINE = 16  # numbers of 8 bytes: what two processors write is never on one cache line, nor on neighbours
 
@@ -93,10 +98,12 @@ class SharedMemoryGroup(ProcessGroup):
     def __init__(self, gloo: Any, memory: mmap.mmap) -> None:
         rank, size = gloo.rank(), gloo.size()
         super().__init__(rank, size)  # type: ignore[call-arg]
-        # The methods that are not defined here look there.
         self._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
         self._set_default_backend(ProcessGroup.BackendType.GLOO)
-        self.gloo, self.me, self.round = gloo, rank, 0
+        self.gloo = ProcessGroup(dist.HashStore(), rank, size)
+        self.gloo._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+        self.gloo._set_default_backend(ProcessGroup.BackendType.GLOO)
+        self.options, self.me, self.round = gloo.options, rank, 0
         self.others = [other for other in range(size) if other != rank]
         numbers = memoryview(memory).cast("q")
         self.counters = numbers[: size * LINE : LINE]
@@ -164,8 +171,24 @@ class SharedMemoryGroup(ProcessGroup):
                 is_gone = not _lives(self.process_ids[rank])
                 if is_gone and self.counters[rank] < self.round:  # else that was its last act
                     raise dist.DistBackendError("shared memory: a process is gone")
-                if waited > self.gloo.options._timeout.total_seconds():
+                if waited > self.options._timeout.total_seconds():
                     raise dist.DistBackendError("shared memory: timed out")
+
+
+def _leave_to_gloo(name: str) -> None:
+    """Let a collective be gloo's own method.
+
+    The one that is inherited holds the interpreter's lock while it calls gloo, whose threads may wait for that lock.
+    """
+
+    def collective(self: SharedMemoryGroup, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.gloo, name)(*args, **kwargs)
+
+    setattr(SharedMemoryGroup, name, collective)
+
+
+for name in COLLECTIVES:
+    _leave_to_gloo(name)
 
 
 def _create_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:

@@ -123,6 +123,13 @@ def check_many_rounds() -> None:
             dist.barrier(group=group)
 
 
+def check_many_messages() -> None:
+    """What gloo does for the group does not wait for the lock of the interpreter while it holds that."""
+    group = shared_group()
+    for _ in range(3000):
+        dist.broadcast(torch.zeros(1), 0, group=group)
+
+
 def check_barrier() -> None:
     group, rank = shared_group(), dist.get_rank()
     dist.barrier(group=group)
@@ -216,6 +223,7 @@ CHECKS = [
     check_average_and_strides,
     check_what_gloo_does,
     check_many_rounds,
+    check_many_messages,
     check_barrier,
     check_data_parallel,
     check_subgroups,
