@@ -28,6 +28,7 @@ from rl.args import TorchArgs
 from rl.environments.making import make_envs, read_spaces
 from rl.fast.gradient_step import compile_gradient_step
 from rl.fast.policy import make_policy
+from rl.fast.shared_memory import use_shared_memory
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
 from rl.processes.placement import keep_to_own_cores
@@ -52,7 +53,12 @@ class Options:
 def main(options: Options) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    args = TorchArgs(env_id=options.env_id, num_envs=options.num_envs, per_rank_batch_size=options.minibatch_size)
+    args = TorchArgs(
+        env_id=options.env_id,
+        num_envs=options.num_envs,
+        per_rank_batch_size=options.minibatch_size,
+        compile=True,
+    )
     gymnasiums = SyncVectorEnv(
         [lambda: gym.make(args.env_id)] * options.num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP
     )
@@ -83,7 +89,8 @@ def main(options: Options) -> None:
         "gradient": (lambda _: step.fast(minibatch, options.minibatch_size), options.gradient_steps),
     }
     if distributed := "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        use_shared_memory()
+        dist.init_process_group("shared")
         keep_to_own_cores()
         weights = torch.zeros(sum(parameter.numel() for parameter in agent.parameters()))
         # After a gradient step, because a process that waits meanwhile takes longer to wake than one that is busy.

@@ -20,6 +20,7 @@ from benchmarks.compiling import make_gradient_step, random_minibatch, sum_over_
 from benchmarks.raw import keep
 from rl.args import CommonArgs
 from rl.fast.gradient_step import compile_gradient_step
+from rl.fast.shared_memory import use_shared_memory
 from rl.ppo.agent import Agent
 from rl.processes.placement import keep_to_own_cores
 
@@ -51,7 +52,8 @@ def microseconds(step: Callable[[], Tensor]) -> float:
 def main() -> None:
     """Print a table in Markdown."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    use_shared_memory()
+    dist.init_process_group("shared")
     keep_to_own_cores()
     is_first = dist.get_rank() == 0
     if is_first:

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -26,31 +27,31 @@ def measure(rank: int, world_size: int, folder: str) -> None:
     if rank < (os.cpu_count() or 1):
         os.sched_setaffinity(0, [rank])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    for backend in ("gloo", "shared memory"):
-        if backend == "shared memory":
-            use_shared_memory()
+    use_shared_memory()
+    for backend in ("gloo", "shared"):
+        group = dist.new_group(backend=backend)
         for numbers in NUMBERS:
             tensor = torch.zeros(numbers)
             rounds = max(10, ROUNDS * NUMBERS[0] // numbers)
             for work in (0, WORK):
                 for kind, step in (("all_reduce", sum_up), ("barrier and all_reduce", sum_up_as_fabric)):
-                    microseconds = time_of(step, tensor, work, rounds)
+                    microseconds = time_of(partial(step, group=group), tensor, work, rounds)
                     if rank == 0:
                         after = f"after {work * 1e6:.0f} µs of work" if work else "back to back"
-                        what = f"{backend:13}  {numbers:9,} floats  {kind:22}  {after:20}"
+                        what = f"{backend:6}  {numbers:9,} floats  {kind:22}  {after:20}"
                         print(f"{what} {microseconds:8.1f} µs", flush=True)
     dist.destroy_process_group()
 
 
-def sum_up(tensor: torch.Tensor) -> None:
+def sum_up(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """What `DistributedDataParallel` and a raw script do."""
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, group=group)
 
 
-def sum_up_as_fabric(tensor: torch.Tensor) -> None:
+def sum_up_as_fabric(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """What `fabric.all_reduce` does."""
-    dist.barrier()
-    dist.all_reduce(tensor)
+    dist.barrier(group)
+    dist.all_reduce(tensor, group=group)
 
 
 def time_of(step: Callable[[torch.Tensor], None], tensor: torch.Tensor, work: float, rounds: int) -> float:
