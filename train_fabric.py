@@ -36,7 +36,7 @@ from rl.voice import going_on_without
 
 def main(args: FabricArgs) -> None:
     """Train an agent, then test it."""
-    use_shared_memory()  # processes of one host sum without messages
+    use_shared_memory()  # two processes of one host sum without messages
     # Launch: fabric run has given this process a rank. All ranks meet in one process group.
     fabric = Fabric()
     rank, world_size = fabric.global_rank, fabric.world_size

@@ -59,7 +59,7 @@ def main(args: DecoupledArgs) -> None:
     # The script chooses the devices, so what `fabric run` would choose is set aside; torchrun then works as well.
     for name in ("LT_CLI_USED", "LT_ACCELERATOR", "LT_DEVICES", "LT_NUM_NODES", "LT_STRATEGY"):
         os.environ.pop(name, None)
-    use_shared_memory()  # processes of one host sum without messages
+    use_shared_memory()  # two processes of one host sum without messages
     device, backend = choose_device(args.cuda, processes_on_cpu=0 if args.player_on_gpu else 1)
     channel = Channel(args, backend)
     play_or_train = player if channel.rank == PLAYER else trainer

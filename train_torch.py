@@ -40,7 +40,7 @@ from rl.voice import going_on_without
 
 def main(args: TorchArgs) -> None:
     """Train an agent, then test it."""
-    use_shared_memory()  # processes of one host sum without messages
+    use_shared_memory()  # two processes of one host sum without messages
     # Launch: torchrun has given this process a rank. All ranks meet in one process group.
     device, backend = choose_device(args.cuda)
     gpu = device if backend == "nccl" else None

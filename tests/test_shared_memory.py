@@ -38,7 +38,7 @@ def ranks(world_size: int, folder: Path, *flags: str) -> Iterator[list[subproces
             process.wait()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
     """What each rank found out, and what all of them said."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -1,4 +1,4 @@
-"""Stands in for gloo's all-reduce and barrier between processes of one host: they add up what lies in shared memory.
+"""Stands in for gloo's all-reduce and barrier between two processes of one host: they add up in shared memory.
 
 A message to a process of one's own host takes gloo some hundred microseconds, for 40 kB of gradients as for one byte.
 """
@@ -47,7 +47,8 @@ TOLERANCE = 1e-5  # of sums over more than two ranks, since gloo adds in another
 def use_shared_memory() -> None:
     """Make shared memory the backend of process groups on the CPU, which `choose_device` returns and Fabric chooses.
 
-    Where memory cannot be shared (several hosts, another processor or system), such a group is gloo's.
+    Where memory cannot be shared (several hosts, another processor or system), and of more than two processes, such a
+    group is gloo's.
     """
     if "shared" not in Backend.backend_list:
         Backend.register_backend("shared", _create_group, devices=["cpu"])
@@ -194,7 +195,7 @@ for name in COLLECTIVES:
 def _create_group(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
     """Form a group; all ranks decide alike whether in shared memory."""
     gloo: Any = c10d.ProcessGroupGloo(store, rank, size, timeout=timeout)
-    if size == 1:
+    if size != 2:  # gloo adds up more in an order of its own, and a run on two hosts is to equal that on one
         return gloo
     descriptor, name = -1, f"{uuid4().hex} {socket.gethostname()}"
     if rank == 0:
