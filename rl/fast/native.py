@@ -56,7 +56,7 @@ def make_native_step(
     if description is None:
         return None
     try:
-        step = NativeStep(load_library(REALS[flat.state.weights.dtype]), description, args, flat, template, average)
+        step = NativeStep(load_cpp(REALS[flat.state.weights.dtype]), description, args, flat, template, average)
         reason = _difference(step, agent, args, flat, template)
     except subprocess.CalledProcessError as error:
         reason = error.stderr.decode(errors="replace").strip().partition("\n")[0] or str(error)
@@ -72,7 +72,7 @@ class NativeStep:
     """Takes gradient steps with `gradient_step.cpp`.
 
     Args:
-        library: what was compiled.
+        cpp: what was compiled.
         description: of the agent, the arguments of `make_agent`.
         args: of the run; read in each step.
         flat: the weights and their Adam.
@@ -82,15 +82,15 @@ class NativeStep:
 
     def __init__(
         self,
-        library: ctypes.CDLL,
+        cpp: ctypes.CDLL,
         description: list[Any],
         args: CommonArgs,
         flat: FlatAdam,
         template: Batch,
         average: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.library, self.args, self.flat, self.average = library, args, flat, average
-        self.agent = library.make_agent(*description)
+        self.cpp, self.args, self.flat, self.average = cpp, args, flat, average
+        self.agent = cpp.make_agent(*description)
         self.columns = [(field.dtype, prod(field.shape[1:])) for field in template]
         self.gradient = torch.zeros_like(flat.state.weights)
 
@@ -99,7 +99,7 @@ class NativeStep:
         losses = self.compute_gradient(minibatch, mean_rows)
         gradient = self.average(self.gradient) if self.average else self.gradient
         group, state = self.flat.group, self.flat.state
-        norm = self.library.descend(
+        norm = self.cpp.descend(
             len(gradient),
             gradient.data_ptr(),
             state.weights.data_ptr(),
@@ -127,7 +127,7 @@ class NativeStep:
                 raise ValueError(f"a minibatch has a field {field.dtype} {list(field.shape)}")
         fields = [field.contiguous() for field in minibatch]
         losses = self.gradient.new_empty(6)
-        self.library.compute_gradient(
+        self.cpp.compute_gradient(
             self.agent,
             self.flat.state.weights.data_ptr(),
             *[field.data_ptr() for field in fields],
@@ -143,7 +143,7 @@ class NativeStep:
         return losses
 
 
-def load_library(real: str) -> ctypes.CDLL:
+def load_cpp(real: str) -> ctypes.CDLL:
     """Compile `gradient_step.cpp`, unless that was done before, and load it.
 
     Args:
@@ -163,15 +163,15 @@ def load_library(real: str) -> ctypes.CDLL:
             output = Path(temporary, path.name)
             subprocess.run([*command, str(SOURCE), "-o", str(output)], check=True, capture_output=True, timeout=60)
             output.rename(path)
-    library = ctypes.CDLL(str(path))
+    compiled = ctypes.CDLL(str(path))
     sizes_and_offsets = (c_int64, c_void_p, c_void_p)
-    library.make_agent.argtypes = [c_int64, *sizes_and_offsets, *sizes_and_offsets, c_int64, c_int64, c_void_p, c_int64]
-    library.make_agent.restype = c_void_p
-    library.compute_gradient.argtypes = [*[c_void_p] * 8, c_int64, *[c_double] * 4, c_int64, c_void_p, c_void_p]
-    library.compute_gradient.restype = None
-    library.descend.argtypes = [c_int64, *[c_void_p] * 4, c_int64, c_void_p, *[c_double] * 6]
-    library.descend.restype = c_double
-    return library
+    compiled.make_agent.argtypes = [c_int64, *sizes_and_offsets, *sizes_and_offsets, c_int64, c_int64, c_void_p, c_int64]
+    compiled.make_agent.restype = c_void_p
+    compiled.compute_gradient.argtypes = [*[c_void_p] * 8, c_int64, *[c_double] * 4, c_int64, c_void_p, c_void_p]
+    compiled.compute_gradient.restype = None
+    compiled.descend.argtypes = [c_int64, *[c_void_p] * 4, c_int64, c_void_p, *[c_double] * 6]
+    compiled.descend.restype = c_double
+    return compiled
 
 
 def _describe(agent: Agent, flat: FlatAdam, template: Batch) -> list[Any] | None:
