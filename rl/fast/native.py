@@ -163,15 +163,15 @@ def load_cpp(real: str) -> ctypes.CDLL:
             output = Path(temporary, path.name)
             subprocess.run([*command, str(SOURCE), "-o", str(output)], check=True, capture_output=True, timeout=60)
             output.rename(path)
-    compiled = ctypes.CDLL(str(path))
+    cpp = ctypes.CDLL(str(path))
     sizes_and_offsets = (c_int64, c_void_p, c_void_p)
-    compiled.make_agent.argtypes = [c_int64, *sizes_and_offsets, *sizes_and_offsets, c_int64, c_int64, c_void_p, c_int64]
-    compiled.make_agent.restype = c_void_p
-    compiled.compute_gradient.argtypes = [*[c_void_p] * 8, c_int64, *[c_double] * 4, c_int64, c_void_p, c_void_p]
-    compiled.compute_gradient.restype = None
-    compiled.descend.argtypes = [c_int64, *[c_void_p] * 4, c_int64, c_void_p, *[c_double] * 6]
-    compiled.descend.restype = c_double
-    return compiled
+    cpp.make_agent.argtypes = [c_int64, *sizes_and_offsets, *sizes_and_offsets, c_int64, c_int64, c_void_p, c_int64]
+    cpp.make_agent.restype = c_void_p
+    cpp.compute_gradient.argtypes = [*[c_void_p] * 8, c_int64, *[c_double] * 4, c_int64, c_void_p, c_void_p]
+    cpp.compute_gradient.restype = None
+    cpp.descend.argtypes = [c_int64, *[c_void_p] * 4, c_int64, c_void_p, *[c_double] * 6]
+    cpp.descend.restype = c_double
+    return cpp
 
 
 def _describe(agent: Agent, flat: FlatAdam, template: Batch) -> list[Any] | None:

@@ -41,7 +41,6 @@ LONGEST_SLEEP = 0.0002  # seconds
 CHECKING = 0.05  # seconds, until and between two checks that the other is alive and the time is not up
 
 PROOF = (8, 10_000)  # rounds, and numbers in each
-TOLERANCE = 1e-5  # of sums over more than two ranks, since gloo adds in another order; rounding leaves 1e-6
 
 
 def use_shared_memory() -> None:
@@ -82,12 +81,11 @@ class Done(dist._Work):
 
 
 class SharedMemoryGroup(ProcessGroup):
-    """A process group that sums and waits in shared memory, at once, and leaves all else to gloo.
+    """A group of two processes that sums and waits in shared memory, at once, and leaves all else to gloo.
 
-    In a round each rank lays its tensor into its slot, sets its counter to the number of the round, and reads the slots
-    of the others once their counters have got there. A counter of n says that this rank has read all of round n - 1, so
-    two slots in turn are enough. All ranks add in the order of ranks: so they get the same, and the sum of an element
-    does not depend on where it stands in the tensor, as it does with gloo's ring.
+    In a round each rank lays its tensor into its slot, sets its counter to the number of the round, and reads that of
+    the other once its counter has got there. A counter of n says that this rank has read all of round n - 1, so
+    two slots in turn are enough. Both ranks add in the order of ranks, so they get the same, and what gloo gets.
 
     A wait ends with an error after the timeout of the gloo group, and soon after the process waited for has ended.
 
@@ -105,7 +103,7 @@ class SharedMemoryGroup(ProcessGroup):
         self.gloo._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
         self.gloo._set_default_backend(ProcessGroup.BackendType.GLOO)
         self.options, self.me, self.round = gloo.options, rank, 0
-        self.others = [other for other in range(size) if other != rank]
+        self.other = 1 - rank
         numbers = memoryview(memory).cast("q")
         self.counters = numbers[: size * LINE : LINE]
         self.process_ids = numbers[1 : size * LINE : LINE]  # 0 of one that has left
@@ -114,7 +112,7 @@ class SharedMemoryGroup(ProcessGroup):
         self.slots = {kind: [list(turn) for turn in slots.view(kind)] for kind in TYPES.values()}
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:  # type: ignore[override]
-        """Sum over all ranks, or average, in place; what does not fit is gloo's."""
+        """Sum over both ranks, or average, in place; what does not fit is gloo's."""
         opts = opts or dist.AllreduceOptions()
         tensor, is_mean = tensors[0], opts.reduceOp == ReduceOp.AVG
         if (
@@ -126,14 +124,12 @@ class SharedMemoryGroup(ProcessGroup):
             return self.gloo.allreduce(tensors, opts)
         values = tensor.detach().numpy()
         slots = self.slots[values.dtype.type][(self.round + 1) % 2]
-        first, second, *more = slots = [slot[: values.size].reshape(values.shape) for slot in slots]
+        first, second = slots = [slot[: values.size].reshape(values.shape) for slot in slots]
         slots[self.me][...] = values
         self._meet()
         np.add(first, second, out=values)
-        for slot in more:
-            np.add(values, slot, out=values)
         if is_mean:
-            values /= self.size()
+            values /= 2
         return Done(tensors)
 
     def barrier(self, opts: Any = None) -> Done:
@@ -147,30 +143,28 @@ class SharedMemoryGroup(ProcessGroup):
         super().shutdown()
 
     def _meet(self) -> None:
-        """Begin a round, and wait until all others have."""
+        """Begin a round, and wait until the other has."""
         self.round += 1
         self.counters[self.me] = self.round
-        for rank in self.others:
-            for _ in range(LOOKS):
-                if self.counters[rank] >= self.round:
-                    break
-            else:
-                self._wait_for(rank)
+        for _ in range(LOOKS):
+            if self.counters[self.other] >= self.round:
+                return
+        self._wait()
 
-    def _wait_for(self, rank: int) -> None:
-        """Wait until a rank has begun the round.
+    def _wait(self) -> None:
+        """Wait until the other has begun the round.
 
         Raises:
             DistBackendError: if it is gone, or the time up.
         """
         begin, next_check = time.monotonic(), CHECKING
-        while self.counters[rank] < self.round:
+        while self.counters[self.other] < self.round:
             waited = time.monotonic() - begin
             time.sleep(min(waited / 10, LONGEST_SLEEP))
             if waited > next_check:
                 next_check = waited + CHECKING
-                is_gone = not _lives(self.process_ids[rank])
-                if is_gone and self.counters[rank] < self.round:  # else that was its last act
+                is_gone = not _lives(self.process_ids[self.other])
+                if is_gone and self.counters[self.other] < self.round:  # else that was its last act
                     raise dist.DistBackendError("shared memory: a process is gone")
                 if waited > self.options._timeout.total_seconds():
                     raise dist.DistBackendError("shared memory: timed out")
@@ -234,7 +228,7 @@ def _attach(process_id: str, descriptor: str, name: str, host: str) -> mmap.mmap
 
 
 def _difference(group: SharedMemoryGroup) -> str:
-    """Return by how much some sums differ from gloo's, empty if by rounding only, which two ranks do not leave."""
+    """Return by how much some sums differ from gloo's, empty if they are the same bit for bit."""
     values = torch.randn(PROOF, generator=torch.Generator().manual_seed(group.me))
     expected = values.clone()
     group.gloo.allreduce([expected]).wait()
@@ -244,7 +238,7 @@ def _difference(group: SharedMemoryGroup) -> str:
     except dist.DistBackendError as error:
         return f"({error})"
     difference = (values - expected).abs().max().item()
-    return "" if difference <= (TOLERANCE if group.size() > 2 else 0) else f"by {difference:.1e}"
+    return f"by {difference:.1e}" if difference else ""
 
 
 def _all(gloo: Any, opinion: bool) -> bool:
