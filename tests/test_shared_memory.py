@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import BIN, ROOT, WORKERS, run
-from tests.workers.shared_sums import CHECKS, PATIENCE
+from tests.workers.shared_sums import CHECKS, CHECKS_OF_THREE, PATIENCE
 
 
 @contextmanager
@@ -38,23 +38,31 @@ def ranks(world_size: int, folder: Path, *flags: str) -> Iterator[list[subproces
             process.wait()
 
 
-@pytest.fixture(scope="module", params=[2])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
+def findings(world_size: int, folder: Path) -> tuple[list[dict[str, str]], str]:
     """What each rank found out, and what all of them said."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with ranks(request.param, folder) as processes:
+    with ranks(world_size, folder) as processes:
         output = "".join(process.communicate(timeout=300)[0] for process in processes)
-        assert [process.returncode for process in processes] == [0] * request.param, output
-    return [json.loads((folder / f"results-{rank}").read_text()) for rank in range(request.param)], output
+        assert [process.returncode for process in processes] == [0] * world_size, output
+    return [json.loads((folder / f"results-{rank}").read_text()) for rank in range(world_size)], output
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, str]], str]:
+    return findings(2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-def test_on_every_rank(results: tuple[list[dict], str], check: str) -> None:
+def test_on_every_rank(results: tuple[list[dict[str, str]], str], check: str) -> None:
     for rank, found in enumerate(results[0]):
         assert found.get(check, "not reached") == "", f"rank {rank}: {found.get(check)}"
 
 
-def test_says_that_it_steps_aside_and_nothing_else(results: tuple[list[dict], str]) -> None:
+def test_two_of_three_processes_sum_in_shared_memory_and_three_do_not(tmp_path: Path) -> None:
+    results, output = findings(3, tmp_path)
+    assert results == [{check.__name__: "" for check in CHECKS_OF_THREE}] * 3, output
+
+
+def test_says_that_it_steps_aside_and_nothing_else(results: tuple[list[dict[str, str]], str]) -> None:
     lines = results[1].splitlines()
     assert lines
     for line in lines:
