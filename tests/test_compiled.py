@@ -15,7 +15,7 @@ from torch import nn
 from rl.args import CommonArgs
 from rl.environments.making import read_spaces
 from rl.fast.flat import AdamState
-from rl.fast.gradient_step import ProvenStep, compile_gradient_step
+from rl.fast.gradient_step import CPP, ProvenStep, compile_gradient_step
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import ppo_loss
@@ -195,6 +195,15 @@ def test_several_processes_take_a_step_with_the_mean_of_their_gradients(monkeypa
     assert_alike(ranks[1].weights(), plain.weights())
 
 
+def test_where_another_process_compiles_otherwise_none_goes_on_with_it(capsys):
+    learner, other = (Learner(CommonArgs(hidden_sizes=(8,)), (VECTOR, Discrete(3))) for _ in range(2))
+    step, minibatch = learner.compiled_step(16, lambda flag: flag + 1, world_size=2), other.minibatch(16)
+    for _ in range(2):
+        assert torch.equal(step(minibatch, 16), other.plain_step(minibatch, 16))
+    assert torch.equal(learner.weights(), other.weights())
+    assert capsys.readouterr().err.count("going on without compilation: another process compiles otherwise") == 1
+
+
 def test_where_the_loss_or_the_agent_is_edited_pytorch_compiles_it_and_a_line_says_so(monkeypatch, capsys):
     def edited(*inputs, ppo_loss=ppo_loss):
         losses = ppo_loss(*inputs)
@@ -360,7 +369,9 @@ def test_one_row_on_an_edge_of_the_loss_does_not_end_compilation(capsys):
 
     state = AdamState(*(torch.zeros(1) for _ in range(4)))
     group = {"lr": 0.0, "eps": 1e-5, "betas": (0.9, 0.999)}
-    step = ProvenStep(shown, lambda batch, rows: take(batch, 1.0), "", state, group, ["w"], [1], lambda tensor: tensor)
+    step = ProvenStep(
+        shown, lambda batch, rows: take(batch, 1.0), CPP, "", state, group, ["w"], [1], lambda tensor: tensor
+    )
     state.exp_avg_sq.fill_(1)
     step._difference = lambda before, one, other: "the weights" * (not torch.equal(one[1].weights, other[1].weights))
     step(minibatch, 16)

@@ -376,15 +376,16 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module", params=[TORCH, DECOUPLED])
+@pytest.fixture(scope="module", params=[(TORCH, "--no-compile"), (TORCH, "--compile"), (DECOUPLED, "--no-compile")])
 def to_be_resumed(request, tmp_path_factory):
     """A script, and the folder of a run of it on two processes that lacks its last update."""
+    script, compile_or_not = request.param
     cwd = tmp_path_factory.mktemp("run")
-    finished = run(torchrun(2, request.param, *SHORT), cwd, PATIENCE)
+    finished = run(torchrun(2, script, *SHORT, compile_or_not), cwd, PATIENCE)
     assert finished.returncode == 0, finished.output
     (folder,) = run_folders(cwd)
     (folder / "checkpoints" / "update_00000004.ckpt").unlink()
-    return request.param, folder
+    return script, folder
 
 
 def resume_slowly(to_be_resumed, tmp_path, rank, seconds, timeout, meanwhile=None):
@@ -401,7 +402,7 @@ def test_a_process_that_repeats_its_episodes_for_long_is_waited_for_longer_than_
     assert (resumed / "checkpoints" / "update_00000004.ckpt").exists()
 
 
-@pytest.mark.parametrize("to_be_resumed", [TORCH], indirect=True)
+@pytest.mark.parametrize("to_be_resumed", [(TORCH, "--no-compile")], indirect=True)
 def test_a_process_that_dies_while_another_waits_for_it_to_be_ready_is_named(to_be_resumed, tmp_path):
     def kill(launch):
         launch.wait_for("slow")

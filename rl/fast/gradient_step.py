@@ -26,6 +26,7 @@ class GradientStep(Protocol):
     def __call__(self, minibatch: Batch, mean_rows: float) -> Tensor: ...  # noqa: D102
 
 
+CPP, GRAPH, NONE = "C++", "graph", "none"  # ways to take a step faster
 PROVE_EVERY = 1000  # steps; a proof takes a few milliseconds
 
 
@@ -71,27 +72,28 @@ def compile_gradient_step(
     def is_on_any_rank(holds: bool) -> bool:
         return bool(sum_over_ranks(torch.tensor([holds], dtype=torch.float32, device=flat.state.weights.device)))
 
-    failure = ""
+    # Nothing here waits for another process: one that repeats long episodes may come much later.
+    way, failure = CPP, ""
     take_step: FastStep | None = make_native_step(agent, args, flat, average)
-    if is_on_any_rank(take_step is None):
-        if args.compile is None and args.gradient_steps(num_rows, world_size) < STEPS_FOR_TORCH:
-            return shown
-        from rl.fast.traced import make_traced_step  # here: only where it is needed is its compiler imported
+    if take_step is None:
+        way = NONE
+        if args.compile or args.gradient_steps(num_rows, world_size) >= STEPS_FOR_TORCH:
+            from rl.fast.traced import make_traced_step  # here: only where it is needed is its compiler imported
 
-        sizes = sorted({size for ranks in minibatch_sizes(num_rows, args, world_size) for size in ranks})
-        try:
-            take_step = make_traced_step(agent, args, flat, sizes, average)
-        except Exception as error:  # a compiler fails in many ways
-            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            sizes = sorted({size for ranks in minibatch_sizes(num_rows, args, world_size) for size in ranks})
+            try:
+                way, take_step = GRAPH, make_traced_step(agent, args, flat, sizes, average)
+            except Exception as error:  # a compiler fails in many ways
+                way, failure = NONE, f"{type(error).__name__}: {error}".splitlines()[0]
 
     def fast(minibatch: Batch, mean_rows: float) -> Tensor:
-        assert take_step is not None  # otherwise there is a failure, and nobody calls this
+        assert take_step is not None  # nobody calls this where the way is NONE
         norm, losses = take_step(minibatch, mean_rows)
         if not math.isfinite(norm):
             raise RuntimeError("the norm of the gradient is non-finite")
         return losses
 
-    return ProvenStep(shown, fast, failure, flat.state, group, list(flat.named), flat.sizes, is_on_any_rank)
+    return ProvenStep(shown, fast, way, failure, flat.state, group, list(flat.named), flat.sizes, is_on_any_rank)
 
 
 class ProvenStep:
@@ -104,7 +106,8 @@ class ProvenStep:
     Args:
         shown: the step of the script.
         fast: what is to stand in for it.
-        failure: why `fast` cannot be called on this process, if so.
+        way: CPP or GRAPH, or NONE if `fast` cannot be called on this process.
+        failure: why it cannot, if that is to be said.
         state: what both change.
         group: the settings of Adam.
         names: of the parameters.
@@ -116,6 +119,7 @@ class ProvenStep:
         self,
         shown: GradientStep,
         fast: GradientStep,
+        way: str,
         failure: str,
         state: AdamState,
         group: dict[str, Any],
@@ -123,7 +127,7 @@ class ProvenStep:
         sizes: list[int],
         is_on_any_rank: Callable[[bool], bool],
     ) -> None:
-        self.shown, self.fast, self.failure = shown, fast, failure
+        self.shown, self.fast, self.way, self.failure = shown, fast, way, failure
         self.state, self.group, self.names, self.sizes = state, group, names, sizes
         self.is_on_any_rank = is_on_any_rank
         self.steps = 0
@@ -138,9 +142,11 @@ class ProvenStep:
 
     def _prove(self, minibatch: Batch, mean_rows: float) -> Tensor:
         """Take a step in both ways, and leave behind what the fast one did, or if they differ the shown one."""
-        if self.steps == 0 and self.is_on_any_rank(bool(self.failure)):
-            self._step_aside(self.failure or "another process cannot compile")
-            return self.shown(minibatch, mean_rows)
+        if self.steps == 0:
+            ways = [way for way in (CPP, GRAPH, NONE) if self.is_on_any_rank(way == self.way)]
+            if ways not in ([CPP], [GRAPH]):  # each way rounds in its own manner
+                self._step_aside(self.failure or ("another process compiles otherwise" if len(ways) > 1 else ""))
+                return self.shown(minibatch, mean_rows)
         self.steps += 1
         before = AdamState(*(tensor.clone() for tensor in self.state))
         difference, shown, fast = self._compare(before, minibatch, mean_rows)
@@ -198,7 +204,8 @@ class ProvenStep:
 
     def _step_aside(self, reason: str) -> None:
         self.is_proven = False
-        say_first("compiled", f"going on without compilation: {reason}")
+        if reason:
+            say_first("compiled", f"going on without compilation: {reason}")
 
     def _set(self, values: AdamState) -> None:
         with torch.no_grad():
