@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.distributed import Backend
 
 from rl.processes.placement import choose_device, keep_to_own_cores
 from rl.voice import RunError
@@ -37,10 +38,12 @@ def placed(monkeypatch):
     return place
 
 
-def test_without_the_flag_all_compute_on_the_cpu_however_many_gpus_there_are(monkeypatch):
+@pytest.mark.parametrize("backend", ["gloo", "shared"])
+def test_without_the_flag_all_compute_on_the_cpu_however_many_gpus_there_are(monkeypatch, backend):
+    monkeypatch.setitem(Backend.default_device_backend_map, "cpu", backend)  # "shared" after `use_shared_memory`
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     launch(monkeypatch, 1, 1, 2, 2)
-    assert choose_device(False) == (torch.device("cpu"), "gloo")
+    assert choose_device(False) == (torch.device("cpu"), backend)
 
 
 def test_each_process_has_a_gpu_of_its_own_on_every_machine(placed):
