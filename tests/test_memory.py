@@ -31,7 +31,7 @@ def memory(name, flags, steps, folder):
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("coupled", ["--normalize-observations"]), ("player", ["--normalize-observations"]), ("player", ["--overlap"])],
+    [("coupled", ["--normalize-observations"]), ("player", ["--normalize-observations", "--overlap"])],
 )
 def test_at_the_peak_few_rollouts_are_alive(name, flags, tmp_path):
     small, large = (memory(name, flags, steps, tmp_path / str(steps)) for steps in STEPS)
