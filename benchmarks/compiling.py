@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rl.args import CommonArgs
 from rl.fast.gradient_step import GradientStep, ProvenStep, compile_gradient_step
 from rl.fast.policy import make_policy
+from rl.fast.shared_memory import use_shared_memory
 from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import ppo_loss
@@ -75,7 +76,8 @@ def main() -> None:
     torch.set_num_threads(1)
     ranks = read_ranks()
     if ranks.world_size > 1:
-        dist.init_process_group("gloo")
+        use_shared_memory()
+        dist.init_process_group("shared")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     keep_to_own_cores()
