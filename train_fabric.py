@@ -49,7 +49,7 @@ def main(args: FabricArgs) -> None:
         return fabric.all_gather(rows).reshape(-1, *rows.shape[1:])
 
     # Log: only rank 0 writes, into the folder of the run.
-    run = Run(args, rank, world_size, gather_rows)
+    run = Run(args, rank, world_size, sum_over_ranks, gather_rows)
     logger = TensorBoardLogger(run.folder.parent, run.folder.name, version="", purge_step=run.purge_step)
     run.open_log(logger.experiment)
     fabric.loggers.append(logger)
@@ -106,17 +106,18 @@ def main(args: FabricArgs) -> None:
             kl = Losses(*losses[-1]).approx_kl.clone()
             if args.target_kl and sum_over_ranks(kl) / world_size > args.target_kl:
                 break
-        del rollout, batch, minibatch  # the next rollout needs the memory
 
         # Guard: all ranks hold the same weights.
         check_agreement(gather_rows(weights_checksum(agent)), update)
 
-        # Log and checkpoint: means over all ranks.
-        log(run.means(update, sum_over_ranks(sum_up(episodes, losses))), update)
+        # Log, evaluate and checkpoint: means over all ranks, so all decide alike whether the run goes on.
+        sums = sum_over_ranks(sum_up(episodes, batch, losses))
+        log(run.means(update, agent, sums) | run.evaluate(update, agent), update)
         run.end_update(update, agent, optimizer, collector)
+        del rollout, batch, minibatch  # the next rollout needs the memory
 
     # Test: greedy episodes.
-    log(run.test(agent), args.num_updates)
+    log(run.test(agent), run.updates_done)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from rl.ppo.agent import copy_weights
 from rl.ppo.batch import Batch
 from rl.ppo.lightning_agent import LightningAgent
 from rl.ppo.loss import Losses
-from rl.ppo.metrics import sum_episodes, sum_losses
+from rl.ppo.metrics import sum_experience, sum_losses
 from rl.ppo.minibatches import minibatches
 from rl.ppo.prepare import prepare_batch
 from rl.processes.channel import PLAYER, Channel
@@ -62,14 +62,13 @@ def main(args: DecoupledArgs) -> None:
     use_shared_memory()  # two processes of one host sum without messages
     device, backend = choose_device(args.cuda, processes_on_cpu=0 if args.player_on_gpu else 1)
     channel = Channel(args, backend)
-    play_or_train = player if channel.rank == PLAYER else trainer
-    play_or_train(args, channel, device)
+    (player if channel.rank == PLAYER else trainer)(args, channel, device)
 
 
 def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     """Run the environments, send what they gave to the trainers, log, and test at the end."""
     # Log
-    run = Run(args, channel.rank, channel.world_size)
+    run = Run(args, channel.rank, channel.world_size, channel.everyone.all_reduce)
     logger = TensorBoardLogger(run.folder.parent, run.folder.name, version="", purge_step=run.purge_step)
     run.open_log(logger.experiment)
     fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=logger)
@@ -106,32 +105,32 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
         # Message 1: all rows to every trainer, or a random part to each.
         channel.send_batch(batch, update)
+        experience = sum_experience(episodes, batch)
         del batch
 
         # Overlap: collect the next rollout while the trainers optimize on this one.
         acting_weights = parameters_to_vector(agent.parameters()).detach() if args.overlap else None
         ahead = collector.collect(agent, update + 1) if args.overlap and update < args.num_updates else None
 
-        # Message 2: the losses, to be logged.
-        scalars = run.means(update, torch.cat([sum_episodes(episodes), channel.receive_losses()]))
-        if args.overlap:
-            scalars["Info/staleness"] = int(update > 1)  # updates that the policy that acted was behind
-        log(scalars, update)
-
-        # Message 3: the new weights, and the optimizer's state for the checkpoint.
+        # Messages 2 and 3: the losses; the new weights, and the optimizer's state for the checkpoint.
+        sums = torch.cat([experience.cpu(), channel.receive_losses()])
         channel.receive_state(agent, optimizer)
         channel.check_weights(agent, update)
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
+
+        # Log, evaluate and checkpoint: the trainers hear the mean return, so all decide alike whether the run goes on.
+        staleness = {"Info/staleness": int(update > 1)} if args.overlap else {}  # updates that the policy was behind
+        log(run.means(update, agent, sums) | staleness | run.evaluate(update, agent), update)
         run.end_update(update, agent, optimizer, collector, acting_weights)
 
     # Test: greedy episodes.
-    log(run.test(agent), args.num_updates)
+    log(run.test(agent), run.updates_done)
 
 
 def trainer(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     """Optimize on what the player sends, together with the other trainers."""
     # Launch: Fabric joins the trainers among themselves.
-    run = Run(args, channel.rank, channel.world_size)
+    run = Run(args, channel.rank, channel.world_size, channel.everyone.all_reduce)
     rank, num_trainers = channel.rank - 1, channel.num_trainers
     strategy: Strategy = SingleDeviceStrategy(device)
     if num_trainers > 1:
@@ -167,12 +166,11 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device) -> None
     )
 
     # Loop over updates
-    template = Batch.zeros(0, agent)
     for update in run.updates():
         optimizer.param_groups[0]["lr"] = args.learning_rate_at(update)
 
         # Message 1: all rows, or this trainer's part.
-        batch = channel.receive_batch(template)
+        batch = channel.receive_batch(Batch.zeros(0, agent))
 
         # Optimize
         losses = []
@@ -183,10 +181,11 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device) -> None
             if args.target_kl and channel.trainers.all_reduce(kl) / num_trainers > args.target_kl:
                 break
 
-        # Messages 2 and 3: the losses; the new weights and the optimizer's state.
+        # Messages 2 and 3: the losses; the new weights and the optimizer's state. Then the player evaluates.
         channel.send_losses(sum_losses(losses))
         channel.send_state(agent, optimizer)
         channel.check_weights(agent, update)
+        run.evaluate(update, agent)
 
 
 if __name__ == "__main__":

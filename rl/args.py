@@ -29,6 +29,7 @@ class Bound(NamedTuple):
 
 AT_LEAST_1 = Bound("at least 1", lambda x: x >= 1)
 FRACTION = Bound("between 0 and 1", lambda x: 0 <= x <= 1)
+A_NUMBER = Bound("a number", lambda x: not math.isnan(x))
 POSITIVE = Bound("a finite number above 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Bound("a finite number of at least 0", lambda x: 0 <= x < math.inf)
 
@@ -55,6 +56,13 @@ class RunArgs:
     """Episodes that the trained policy plays greedily after training; their mean return is logged."""
     max_test_steps: Annotated[int, AT_LEAST_1] = 27_000
     """Steps after which a test episode is cut if it has not ended."""
+    eval_every: Annotated[int | None, AT_LEAST_1] = None
+    """Updates from one evaluation to the next; without it there are none. An evaluation plays greedy episodes, always
+    the same ones, and checkpoints/best.ckpt keeps the agent with the highest mean return."""
+    eval_episodes: Annotated[int, AT_LEAST_1] = 10
+    """Episodes of an evaluation, in equal shares for all processes that run environments."""
+    stop_at: Annotated[float | None, A_NUMBER] = None
+    """End the run after the first evaluation with at least this mean return (with --eval-every)."""
     checkpoint_every: Annotated[int, AT_LEAST_1] = 1
     """Updates from one checkpoint to the next; the run writes one more when it ends or is stopped."""
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
@@ -64,7 +72,7 @@ class RunArgs:
     timeout: Annotated[float, Bound("above 0 and at most 1e6", lambda x: 0 < x <= 1e6)] = (
         60.0  # a timedelta has a limit
     )
-    """Seconds that a process waits for another before the run fails; choose more than a rollout takes."""
+    """Seconds that a process waits for another before the run fails; more than a rollout or an evaluation takes."""
 
 
 @dataclass
@@ -211,6 +219,8 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
                 if isinstance(bound, Bound) and value is not None and not bound.holds(value):
                     raise ValueError(f"--{field.name.replace('_', '-')} must be {bound.words}, got {value!r}")
         self.env_arguments()
+        if self.stop_at is not None and self.eval_every is None:
+            raise ValueError("--stop-at needs --eval-every: evaluations decide when the run stops")
         if self.capture_video and self.env_backend == "envpool":
             raise ValueError("--capture-video goes with --env-backend gymnasium: EnvPool draws no pictures")
         if self.env_threads > 1 and self.env_backend == "gymnasium":
@@ -283,6 +293,14 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             world_size: the number of these processes.
         """
         return self.gradient_steps(num_rows, world_size) >= STEPS_FOR_CPP if self.compile is None else self.compile
+
+    def evaluates_after(self, update: int) -> bool:
+        """Return whether the agent is evaluated after an update: after every `eval_every`-th, and after the last."""
+        return self.eval_every is not None and (update % self.eval_every == 0 or update == self.num_updates)
+
+    def is_solved_by(self, best_return: float | None) -> bool:
+        """Return whether the highest mean return of an evaluation ends the run."""
+        return self.stop_at is not None and best_return is not None and best_return >= self.stop_at
 
     def learning_rate_at(self, update: int) -> float:
         """Return the learning rate of an update, counted from 1."""

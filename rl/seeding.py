@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     SHUFFLE = 3  # one per update and epoch, and per rank unless the ranks share data
     SCATTER = 4  # one per update: how the player deals the batch out
     TEST = 5  # one per test episode
+    EVALUATION = 6  # one per episode of the evaluations during training
 
 
 def stream(seed: int, purpose: Purpose, *index: int) -> np.random.Generator:

@@ -1,4 +1,5 @@
 import contextlib
+import math
 import re
 import sys
 from dataclasses import asdict
@@ -82,6 +83,18 @@ def test_a_player_on_the_gpu_needs_trainers_on_the_gpu():
     with pytest.raises(ValueError, match=r"^--player-on-gpu needs --cuda"):
         DecoupledArgs(player_on_gpu=True)
     assert DecoupledArgs(player_on_gpu=True, cuda=True).player_on_gpu
+
+
+def test_a_run_is_evaluated_after_every_nth_update_and_after_the_last_and_ends_at_its_aim():
+    with pytest.raises(ValueError, match=r"^--stop-at needs --eval-every"):
+        CommonArgs(stop_at=200)
+    with pytest.raises(ValueError, match=r"^--stop-at must be a number, got nan"):
+        CommonArgs(stop_at=math.nan, eval_every=1)
+    args = CommonArgs(eval_every=3, stop_at=200, total_timesteps=8 * 1024)
+    assert [update for update in range(1, 9) if args.evaluates_after(update)] == [3, 6, 8]
+    assert [args.is_solved_by(best) for best in (None, 199.9, 200.0)] == [False, False, True]
+    assert not CommonArgs().is_solved_by(1e9)
+    assert not any(map(CommonArgs().evaluates_after, range(1, 200)))
 
 
 def test_every_environment_takes_at_least_one_step_per_update():
@@ -333,7 +346,7 @@ def test_arguments_that_are_not_given_keep_their_defaults():
 
 
 def test_a_flag_beside_resume_is_checked_together_with_the_flags_of_the_run(monkeypatch):
-    checkpoint = {"world_size": 2, "update": 3, "path": "run/checkpoints/update_3.ckpt"}
+    checkpoint = {"world_size": 2, "update": 3, "best_return": None, "path": "run/checkpoints/update_3.ckpt"}
     monkeypatch.setattr("rl.run.resuming.load_checkpoint", lambda path: checkpoint)
     monkeypatch.setattr("rl.run.resuming.run_args", lambda *_: DecoupledArgs(cuda=True))
     set_ranks(monkeypatch, world_size=2)

@@ -33,7 +33,7 @@ def test_the_same_paragraphs_stand_in_the_same_order():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_paragraphs_tell_the_whole_story(script):
     story = ["Launch", "Exchange", "Log", "Environments", "Agent", "Optimizer", "Gradient step", "Resume", "Compile"]
-    story += ["Loop over updates", "Rollout", "Share", "Optimize", "Guard", "Log and checkpoint", "Test"]
+    story += ["Loop over updates", "Rollout", "Share", "Optimize", "Guard", "Log, evaluate and checkpoint", "Test"]
     names = paragraphs(script)
     rest = iter(names)
     assert all(name in rest for name in story), names

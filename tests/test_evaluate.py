@@ -1,3 +1,6 @@
+from functools import partial
+from itertools import chain
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -64,6 +67,14 @@ def test_another_seed_gives_other_episodes():
         evaluate(agent, CommonArgs(), 5, seed=7).returns.tolist()
         != evaluate(agent, CommonArgs(), 5, seed=8).returns.tolist()
     )
+
+
+def test_shares_of_the_episodes_are_those_that_one_process_would_play_and_of_other_seeds_than_the_test():
+    agent = make_agent("CartPole-v1", seed=3)
+    play = partial(evaluate, agent, CommonArgs(), seed=7, purpose=Purpose.EVALUATION)
+    whole, *shares = (play(episodes=n, first=first).returns.tolist() for n, first in ((5, 0), (3, 0), (2, 3), (0, 5)))
+    assert whole == [*chain(*shares)]
+    assert whole != evaluate(agent, CommonArgs(), 5, seed=7).returns.tolist()
 
 
 def test_evaluation_leaves_torchs_random_numbers_and_the_agent_alone():

@@ -18,7 +18,7 @@ UPDATES = 4
 FLAGS = ["--num-envs=2", "--update-epochs=2", "--test-episodes=2", "--checkpoint-every=1", "--keep-checkpoints=9"]
 VECTOR = ["--env-id=LunarLander-v3", "--num-steps=256", "--total-timesteps=1024"]
 CONTINUOUS = ["--env-id=BipedalWalker-v3", "--num-steps=256", "--total-timesteps=1024", "--target-kl=0.02"]
-CONTINUOUS += ["--normalize-observations", "--normalize-rewards"]
+CONTINUOUS += ["--normalize-observations", "--normalize-rewards", "--eval-every=2", "--eval-episodes=1"]
 IMAGE = ["--env-id=CarRacing-v3", "--num-steps=48", "--total-timesteps=192", "--per-rank-batch-size=16"]
 IMAGE += ["--env-kwargs", "max_episode_steps=20"]
 # The command, its environment, and after which updates it is stopped.

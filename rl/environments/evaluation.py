@@ -34,6 +34,8 @@ def evaluate(
     seed: int,
     stochastic: bool = False,
     video_folder: Path | None = None,
+    purpose: Purpose = Purpose.TEST,
+    first: int = 0,
 ) -> Results:
     """Run whole episodes, with the statistics of normalisation as they are.
 
@@ -48,6 +50,8 @@ def evaluate(
         stochastic: sample the actions instead of taking the most probable ones.
         video_folder: where every episode is recorded. They then run one by one, since the frames of a whole
             episode are held in memory.
+        purpose: the kind of their random streams.
+        first: the number of the first episode.
 
     Raises:
         RunError: if an environment fails, or a reward is not finite; it names the environment or the episode.
@@ -56,13 +60,13 @@ def evaluate(
     args = replace(args, env_backend="gymnasium", env_threads=1)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     at_once = 1 if video_folder else AT_ONCE
-    for first in range(0, episodes, at_once):
-        running = range(first, min(first + at_once, episodes))
-        record = record_first_episode(video_folder, f"test-{first}") if video_folder else None
+    for done in range(0, episodes, at_once):
+        running = range(first + done, first + min(done + at_once, episodes))
+        record = record_first_episode(video_folder, f"test-{done}") if video_folder else None
         envs = make_envs(args, len(running), record)
         dtype = getattr(torch, stored_dtype(envs.single_observation_space))
-        observations = reset_envs(envs, seed, first, Purpose.TEST)
-        block = slice(running.start, running.stop)
+        observations = reset_envs(envs, seed, running[0], purpose)
+        block = slice(done, done + len(running))
         ended = np.zeros(len(running), dtype=bool)
         step = 0
         while not ended.all():
@@ -76,7 +80,7 @@ def evaluate(
             observations, rewards, _, _, info = envs.step(agent.distribution.to_env(actions.cpu()).numpy())
             if len(faulty := np.flatnonzero(~np.isfinite(rewards) & ~ended)):
                 what = f"a NaN or infinite reward in step {step}: {rewards[faulty[0]]}"
-                raise RunError(f"test episode {first + faulty[0]} has {what}")
+                raise RunError(f"{purpose.name.lower()} episode {running[faulty[0]]} has {what}")
             if "episode" in info:
                 first_end = info["_episode"] & ~ended
                 returns[block][first_end] = info["episode"]["r"][first_end]
@@ -87,6 +91,7 @@ def evaluate(
                 endless = ~ended
                 returns[block][endless], lengths[block][endless] = envs.episode_returns[endless], step
                 ended[:] = True
-                say(f"{endless.sum()} test episodes had no end after {step} steps and count as they stood")
+                kind = f"{endless.sum()} {purpose.name.lower()} episodes"
+                say(f"{kind} had no end after {step} steps and count as they stood")
         envs.close()
     return Results(returns, lengths)

@@ -36,7 +36,7 @@ LINE = 16  # numbers of 8 bytes: what two processors write is never on one cache
 
 # A rank that waits does nothing but look at first, as the others are about to come. Then it leaves the core to others,
 # whom it may be waiting for: it sleeps, for up to a tenth of its wait so far.
-LOOKS = 200
+LOOKS = 2000
 LONGEST_SLEEP = 0.0002  # seconds
 CHECKING = 0.05  # seconds, until and between two checks that the other is alive and the time is not up
 

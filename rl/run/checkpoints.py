@@ -32,7 +32,7 @@ class Environments(Protocol):
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run: `checkpoints/update_<8 digits>.ckpt` in its folder.
+    """Writes the checkpoints of a run: `checkpoints/update_<8 digits>.ckpt` in its folder, and `best.ckpt` beside them.
 
     Every `--checkpoint-every` updates, and when the run is stopped or fails, that of the last update.
 
@@ -73,6 +73,8 @@ class Checkpoints:
         scalars: dict[str, float],
         environments: Environments,
         acting_weights: Tensor | None = None,
+        best_return: float | None = None,
+        is_best: bool = False,
     ) -> None:
         """Keep the state after an update, and write it when it is time to; call it on all processes.
 
@@ -83,6 +85,8 @@ class Checkpoints:
             scalars: what was logged last.
             environments: of this process.
             acting_weights: those that act in the next rollout, where they are not the agent's, [P].
+            best_return: the highest mean return of an evaluation so far.
+            is_best: whether this agent has it: then its checkpoint stays as `checkpoints/best.ckpt`, too.
 
         Raises:
             RunError: if that of the last update cannot be written, or the run's folder is gone.
@@ -97,20 +101,23 @@ class Checkpoints:
                 "world_size": self.ranks.world_size,
                 "scalars": dict(scalars),
                 "acting_weights": acting_weights,
+                "best_return": best_return,
             }
             self.state = _copy_to_cpu(state)  # the next update changes the tensors
         self.update, self.environments = update, environments
         if self.ranks.rank == 0 and not self._is_there():
             raise RunError(f"the run's folder {self.folder.parent} was deleted, and its log is lost")
-        is_last = update == self.args.num_updates
-        if not is_last and update % self.args.checkpoint_every != 0:
+        is_last = update == self.args.num_updates or self.args.is_solved_by(best_return)
+        if not (is_last or is_best) and update % self.args.checkpoint_every != 0:
             return
         device = next(iter(agent.values())).device  # where the process group sends from
         packed = _gather_bytes(pack(environments.states(update)).to(device), self.gather)
         if self.ranks.rank == 0:
             if self.writing:
                 self.writing.result()
-            self.writing = self.writer.submit(self._write, self.state, packed)  # the next rollout need not wait
+            self.writing = self.writer.submit(
+                self._write, self.state, packed, is_best
+            )  # the next rollout need not wait
             if is_last:
                 self.writing.result()
                 if self.written != update:
@@ -145,7 +152,7 @@ class Checkpoints:
         except OSError:
             return False
 
-    def _write(self, state: dict[str, Any], environments: list[Tensor]) -> None:
+    def _write(self, state: dict[str, Any], environments: list[Tensor], is_best: bool = False) -> None:
         """Write a checkpoint, if the disk takes it, and drop the oldest.
 
         The file appears under its name only once it is whole on the disk, so a crash leaves those before.
@@ -154,6 +161,8 @@ class Checkpoints:
         torch.save(state | {"environments": environments}, file)
         with self.one_at_a_time, going_on_without("a checkpoint"):
             self._put(self.folder / f"update_{state['update']:08d}.ckpt", file.getbuffer())
+            if is_best:
+                self._put(self.folder / "best.ckpt", file.getbuffer())
             self.written = max(self.written, state["update"])
             ending.run_folder = self.folder.parent
             for old in sorted(self.folder.glob("update_*.ckpt"))[: -self.args.keep_checkpoints]:

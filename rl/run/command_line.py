@@ -37,6 +37,9 @@ CHANGEABLE = {
     "capture_video",
     "test_episodes",
     "max_test_steps",
+    "eval_every",
+    "eval_episodes",
+    "stop_at",
     "checkpoint_every",
     "keep_checkpoints",
     "resume",
@@ -181,6 +184,8 @@ def _resumed(
         say(f"restarted: going on after update {checkpoint['update']} of {run_or_checkpoint}")
     elif checkpoint["update"] >= args.num_updates:
         raise ValueError("the run is complete: raise --total-timesteps to train on")
+    elif args.is_solved_by(checkpoint["best_return"]):
+        raise ValueError(f"the run has reached --stop-at {args.stop_at:g}: raise it to train on, without end with inf")
     if args.anneal_lr and args.num_updates != before.num_updates:
         rates = before.learning_rate_at(checkpoint["update"]), args.learning_rate_at(checkpoint["update"] + 1)
         say(f"with another --total-timesteps the learning rate, annealed, goes from {rates[0]:.2g} to {rates[1]:.2g}")

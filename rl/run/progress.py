@@ -34,10 +34,12 @@ class Progress:
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )
 
-    def show(self, update: int, scalars: dict[str, float]) -> None:
-        """Show the state of the run after `update` updates, with the scalars that were logged."""
+    def show(self, update: int, scalars: dict[str, float], best_return: float | None = None) -> None:
+        """Show the state of the run after `update` updates: scalars that were logged, the best evaluation if any."""
         num_updates, num_steps = self.num_updates, self.steps
         mean_return = f"{scalars['Rewards/rew_avg']:.1f}" if "Rewards/rew_avg" in scalars else "none yet"
+        if best_return is not None:
+            mean_return += f", best {best_return:.1f}"
         self.bar.set_postfix_str(f"update {update}/{num_updates}, return {mean_return}", refresh=False)
         self.bar.update(num_steps)
         if self.plain and (update == num_updates or update % max(1, num_updates // PLAIN_LINES) == 0):

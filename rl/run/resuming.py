@@ -31,6 +31,7 @@ KINDS = {
     "scalars": dict,
     "environments": list,
     "acting_weights": Tensor | None,
+    "best_return": float | None,
 }
 
 
