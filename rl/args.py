@@ -139,6 +139,8 @@ class NetworkArgs:
     """Activation of the hidden layers."""
     ortho_init: bool = False
     """Initialise the layers orthogonally instead of with PyTorch's defaults."""
+    init_log_std: Annotated[float, Bound("a finite number", math.isfinite)] = 0.0
+    """Logarithm of the standard deviation with which the noise of continuous actions begins."""
 
 
 @dataclass

@@ -11,7 +11,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
-SMALLEST_IMAGE = 36  # the convolutions leave nothing of a smaller one
+SMALLEST_IMAGE = 7  # MiniGrid's; what is smaller is a table of numbers
+SMALLEST_GREY_IMAGE = 36  # without an axis of channels
 MOST_CHANNELS = 16  # a stack of frames; an axis that is longer holds no channels
 IMAGE_FEATURES = 256  # what the convolutions make of one image
 
@@ -27,6 +28,11 @@ class Image(NamedTuple):
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def has_channels_last(self) -> bool:
+        """Whether the channels are the last of three axes: it is the shorter one."""
+        return self.shape[-1] <= self.shape[0]
 
 
 class Vector(NamedTuple):
@@ -60,12 +66,10 @@ def is_image(space: gym.Space) -> TypeGuard[Box]:
     """Whether a space is a Box with two long axes and, before or after them, at most a short one of channels."""
     if not isinstance(space, Box) or len(space.shape) not in (2, 3):
         return False
-    *_, middle, last = shape = space.shape
-    if len(shape) == 2:
-        return space.dtype == np.uint8 and min(shape) >= SMALLEST_IMAGE
-    channels_last = last <= MOST_CHANNELS and min(shape[0], middle) >= SMALLEST_IMAGE
-    channels_first = shape[0] <= MOST_CHANNELS and min(middle, last) >= SMALLEST_IMAGE
-    return channels_last or channels_first
+    if len(space.shape) == 2:
+        return space.dtype == np.uint8 and min(space.shape) >= SMALLEST_GREY_IMAGE
+    first, middle, last = space.shape
+    return min(first, last) <= MOST_CHANNELS and min(max(first, last), middle) >= SMALLEST_IMAGE
 
 
 def stored_space(space: gym.Space) -> Box:
@@ -74,8 +78,8 @@ def stored_space(space: gym.Space) -> Box:
 
 
 def stored_dtype(space: gym.Space) -> str:
-    """Return the type of the observations that reach the learner: bytes stay bytes in images, else "float32"."""
-    return "uint8" if is_image(space) and space.dtype == np.uint8 else "float32"
+    """Return the type of the observations that reach the learner: bytes in images that hold no more, else "float32"."""
+    return "uint8" if is_image(space) and space.dtype in (np.uint8, np.bool_) else "float32"
 
 
 def check_action_space(space: gym.Space) -> None:

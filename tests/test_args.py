@@ -375,6 +375,10 @@ def test_a_misspelled_flag_is_refused_with_the_right_one(capsys):
             ["--noise-correlation", "0.5"],
             "error: --noise-correlation is for continuous actions, CartPole-v1 takes Discrete(2)",
         ),
+        (
+            ["--init-log-std", "-1"],
+            "error: --init-log-std is for continuous actions, CartPole-v1 takes Discrete(2)",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_ends_with_1(capsys, argv, line):

@@ -57,6 +57,22 @@ def test_the_layers_for_four_frames_of_84_x_84_are_those_of_mnih_et_al():
     assert sizes == [(32, 20, 20), (64, 9, 9), (64, 7, 7)]
 
 
+def test_the_features_of_a_small_image_are_those_of_one_convolution_written_out():
+    """Young & Tian 2019: 16 filters of 3 x 3 with stride 1."""
+    network = encoder(Box(0, 1, (10, 10, 4), bool))
+    pictures = bytes_of(5, 10, 10, 4) % 2
+    w = list(network.parameters())
+    hidden = conv2d(pictures.movedim(-1, 1).float(), w[0], w[1]).relu()
+    assert_close(network(pictures), linear(hidden.flatten(1), w[2], w[3]).relu())
+    assert [tuple(weights.shape) for weights in w[::2]] == [(16, 4, 3, 3), (256, 16 * 8 * 8)]
+
+
+@pytest.mark.parametrize("size", [7, 35, 36])
+def test_the_smallest_images_of_each_network_have_features(size):
+    first, pictures = encoder(Box(0, 255, (3, size, size), np.uint8)), bytes_of(2, 3, size, size)
+    assert_close(encoder(Box(0, 255, (size, size, 3), np.uint8), like=first)(pictures.movedim(1, -1)), first(pictures))
+
+
 def test_channels_first_and_channels_last_give_the_same_features():
     last, pictures = encoder(BYTES_LAST), bytes_of(5, HEIGHT, WIDTH, 3)
     assert_close(encoder(BYTES_FIRST, like=last)(pictures.movedim(-1, 1)), last(pictures))

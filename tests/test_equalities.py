@@ -29,7 +29,7 @@ SHORT_RACE = [
 ENVIRONMENTS = {
     "CartPole-v1": [*FLAGS, "--compile"],
     "LunarLander-v3": FLAGS,
-    "Pendulum-v1": [*FLAGS, *NORMALIZED, "--noise-correlation=0.5"],
+    "Pendulum-v1": [*FLAGS, *NORMALIZED, "--noise-correlation=0.5", "--init-log-std=-0.5"],
     "CarRacing-v3": [*FLAGS, *SHORT_RACE, "--per-rank-batch-size", "16", "--hidden-sizes", "32"],
 }
 THOROUGH = "LunarLander-v3"  # all launches

@@ -31,9 +31,11 @@ NESTED = Dict(
         (STACK, True),
         (GREY, True),
         (Box(0, 1, (84, 84)), False),  # as likely a matrix
-        (Box(0, 255, (35, 96, 3), np.uint8), False),  # too small for the convolutions
-        (Box(0, 255, (96, 35, 3), np.uint8), False),
-        (Box(0, 255, (3, 96, 35), np.uint8), False),
+        (Box(0, 1, (10, 10, 4), bool), True),  # MinAtar
+        (Box(0, 1, (10, 10, 10), bool), True),
+        (Box(0, 255, (7, 7, 3), np.uint8), True),  # MiniGrid
+        (Box(0, 255, (6, 96, 3), np.uint8), False),  # a table
+        (Box(0, 255, (3, 96, 6), np.uint8), False),
         (Box(0, 255, (35, 84), np.uint8), False),
         (Box(0, 1, (40, 50, 17)), False),  # no axis of channels
         (Box(0, 1, (40, 3, 50)), False),
@@ -58,6 +60,7 @@ def test_an_image_has_two_long_axes_and_at_most_a_short_one_of_channels(space, i
         (COLOUR, [Image((96, 80, 3), 0, 255)], (96, 80, 3), "uint8"),
         (GREY, [Image((84, 84), 0, 255)], (84, 84), "uint8"),
         (STACK, [Image((4, 84, 84), 0, 255)], (4, 84, 84), "float32"),
+        (Box(0, 1, (10, 10, 4), bool), [Image((10, 10, 4), 0, 1)], (10, 10, 4), "uint8"),
         (Box(-1, 1, (3, 40, 40), np.float64), [Image((3, 40, 40), -1, 1)], (3, 40, 40), "float32"),
         (Box(-np.inf, np.inf, (3, 40, 40)), [Image((3, 40, 40), 0, 1)], (3, 40, 40), "float32"),
         (Discrete(5, start=-2), [Vector(5)], (5,), "float32"),

@@ -31,7 +31,7 @@ class Agent(nn.Module):
         action_space: as the environment declares it; it decides the distribution of the actions.
         args: `hidden_sizes` and `activation_function` of the hidden layers; `ortho_init` initialises the layers
             orthogonally, with gain √2, and 0.01 for the policy's output, so that the first policy is close to
-            uniform; `normalize_observations` and `normalize_rewards`.
+            uniform; `init_log_std` of continuous actions; `normalize_observations` and `normalize_rewards`.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: CommonArgs) -> None:
@@ -40,6 +40,8 @@ class Agent(nn.Module):
         activation = {"relu": nn.ReLU, "tanh": nn.Tanh}[args.activation_function]
         kind = next(kind for kind in DISTRIBUTIONS if isinstance(action_space, kind))
         self.distribution = DISTRIBUTIONS[kind](action_space)
+        if isinstance(self.distribution, DiagonalGaussian):
+            nn.init.constant_(self.distribution.log_std, args.init_log_std)
         self.encoder = Encoder(observation_space, activation)
         self.actor = _perceptron(
             self.encoder.num_features, args.hidden_sizes, self.distribution.num_outputs, activation

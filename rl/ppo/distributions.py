@@ -139,7 +139,7 @@ class Bernoulli(nn.Module):
 class DiagonalGaussian(nn.Module):
     """Independent normal distributions for the D entries of a `Box` space, given their means [..., D].
 
-    The standard deviations do not depend on the observation: their logarithms are parameters, zero at first. The
+    The standard deviations do not depend on the observation: their logarithms are parameters. The
     learner sees the action as it was drawn; only on the way to the environment is it clipped to the bounds.
     """
 

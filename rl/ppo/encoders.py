@@ -4,7 +4,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rl.spaces import IMAGE_FEATURES, MOST_CHANNELS, Image, Vector, observation_parts
+from rl.spaces import IMAGE_FEATURES, Image, Vector, observation_parts
 
 
 class Encoder(nn.Module):
@@ -38,22 +38,25 @@ class Encoder(nn.Module):
         )
 
 
+SMALLEST_FOR_THREE = 36  # pixels; of smaller images the three convolutions leave nothing
+
+
 class ImageEncoder(nn.Module):
-    """The convolutional network of Mnih et al. 2015, "Human-level control through deep reinforcement learning"."""
+    """A convolutional network, then a layer of IMAGE_FEATURES units.
+
+    The convolutions are those of Mnih et al. 2015, "Human-level control through deep reinforcement learning", and of
+    small images the one of Young & Tian 2019, "MinAtar".
+    """
 
     def __init__(self, image: Image, activation: type[nn.Module]) -> None:
         super().__init__()
         self.image = image
         channels, height, width = self.to_channels_first(torch.zeros(1, *image.shape)).shape[1:]
-        convolutions = nn.Sequential(
-            nn.Conv2d(channels, 32, 8, stride=4),
-            activation(),
-            nn.Conv2d(32, 64, 4, stride=2),
-            activation(),
-            nn.Conv2d(64, 64, 3),
-            activation(),
-            nn.Flatten(),
-        )
+        if min(height, width) < SMALLEST_FOR_THREE:
+            layers = [nn.Conv2d(channels, 16, 3)]
+        else:
+            layers = [nn.Conv2d(channels, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3)]
+        convolutions = nn.Sequential(*(part for layer in layers for part in (layer, activation())), nn.Flatten())
         num_outputs = convolutions(torch.zeros(1, channels, height, width)).shape[1]
         self.network = nn.Sequential(*convolutions, nn.Linear(num_outputs, IMAGE_FEATURES), activation())
 
@@ -61,7 +64,7 @@ class ImageEncoder(nn.Module):
         """Return images [B, C, H, W], whatever axis the channels are on."""
         if images.dim() == 3:
             return images.unsqueeze(1)
-        return images.permute(0, 3, 1, 2) if images.shape[-1] <= MOST_CHANNELS else images
+        return images.permute(0, 3, 1, 2) if self.image.has_channels_last else images
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features float32 [..., IMAGE_FEATURES] for images [..., *shape], their values mapped to 0..1."""

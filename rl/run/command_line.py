@@ -87,8 +87,9 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         observation_space, action_space = read_spaces(args)
         if args.normalize_observations and is_image(observation_space):
             raise ValueError(f"--normalize-observations: the observations of {args.env_id} are images, scaled already")
-        if args.noise_correlation and not isinstance(action_space, Box):
-            raise ValueError(f"--noise-correlation is for continuous actions, {args.env_id} takes {action_space}")
+        for flag, value in (("noise-correlation", args.noise_correlation), ("init-log-std", args.init_log_std)):
+            if value and not isinstance(action_space, Box):
+                raise ValueError(f"--{flag} is for continuous actions, {args.env_id} takes {action_space}")
         check_backend(args, observation_space, action_space)
         _check_memory(args, observation_space, ranks.local_world_size)
         if args.capture_video:
