@@ -89,6 +89,12 @@ class EnvironmentArgs:
     """Threads in which EnvPool steps the environments of a process."""
     num_envs: Annotated[int, AT_LEAST_1] = 4
     """Environments in each process that runs environments."""
+    frame_stack: Annotated[int | None, AT_LEAST_1] = None
+    """Observations of the last steps that the agent sees at once; by default 4 in Atari games, else 1."""
+    terminal_on_life_loss: bool = False
+    """Let a lost life end an episode for the learner; the game and its return go on (Atari)."""
+    clip_rewards: bool = False
+    """Learn from the signs of the rewards, as is customary in Atari; returns are logged as they are."""
     normalize_observations: bool = False
     """Normalise observations by their running mean and variance over all ranks; images are not changed."""
     normalize_rewards: bool = False
@@ -225,6 +231,12 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             raise ValueError("--stop-at needs --eval-every: evaluations decide when the run stops")
         if self.capture_video and self.env_backend == "envpool":
             raise ValueError("--capture-video goes with --env-backend gymnasium: EnvPool draws no pictures")
+        if self.clip_rewards and self.normalize_rewards:
+            raise ValueError("--clip-rewards and --normalize-rewards exclude each other")
+        if self.terminal_on_life_loss and self.normalize_rewards:
+            raise ValueError("--terminal-on-life-loss goes with --clip-rewards, not with --normalize-rewards")
+        if self.env_backend == "envpool" and (self.frame_stack or self.terminal_on_life_loss):
+            raise ValueError("--frame-stack and --terminal-on-life-loss go with --env-backend gymnasium")
         if self.env_threads > 1 and self.env_backend == "gymnasium":
             raise ValueError(
                 "--env-threads goes with --env-backend envpool: Gymnasium's environments step in one thread"

@@ -29,11 +29,6 @@ class Image(NamedTuple):
         """Number of values."""
         return math.prod(self.shape)
 
-    @property
-    def has_channels_last(self) -> bool:
-        """Whether the channels are the last of three axes: it is the shorter one."""
-        return self.shape[-1] <= self.shape[0]
-
 
 class Vector(NamedTuple):
     """Numbers in no order that matters: a flat Box, or one-hot codes."""
@@ -70,6 +65,11 @@ def is_image(space: gym.Space) -> TypeGuard[Box]:
         return space.dtype == np.uint8 and min(space.shape) >= SMALLEST_GREY_IMAGE
     first, middle, last = space.shape
     return min(first, last) <= MOST_CHANNELS and min(max(first, last), middle) >= SMALLEST_IMAGE
+
+
+def has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether the channels of an image are the last of its three axes: the shorter one of the first and the last."""
+    return shape[-1] <= shape[0]
 
 
 def stored_space(space: gym.Space) -> Box:

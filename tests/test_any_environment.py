@@ -31,6 +31,7 @@ ENVIRONMENTS = {
     "Pendulum-v1": ((3,), torch.float32, (1,), torch.float32),
     "BipedalWalker-v3": ((24,), torch.float32, (4,), torch.float32),
     "CarRacing-v3": ((96, 96, 3), torch.uint8, (3,), torch.float32),
+    "MinAtar/Breakout-v1": ((10, 10, 4), torch.uint8, (), torch.int64),
     "ALE/Pong-v5": ((4, 84, 84), torch.uint8, (), torch.int64),
     "tests.spaces_env:PictureAndVector-v0": ((DICT_SIZE,), torch.float32, (), torch.int64),
     "tests.spaces_env:Grid-v0": ((3,), torch.float32, (4,), torch.int64),
@@ -74,6 +75,8 @@ def training(request):
     """Each environment is made and stepped once for all tests."""
     if request.param.startswith("ALE/") and not (find_spec("ale_py") and find_spec("cv2")):
         pytest.skip("Atari is optional: requirements-atari.txt")
+    if request.param.startswith("MinAtar/") and not find_spec("minatar"):
+        pytest.skip("MinAtar is optional: requirements-minatar.txt")
     return Training(request.param)
 
 

@@ -118,11 +118,13 @@ def test_an_environment_that_is_not_supported_is_named_in_one_line(env_id, messa
         ("PongNoFrameskip-v4", "ALE/Pong-v5 (pip install -r requirements-atari.txt)"),
         ("nowhere/Some-v0", "a package's environments are named module:Id (pip install minigrid, --env-id minigrid:"),
         ("my_envs:Mine-v0", "or start where my_envs can be imported"),
-        ("HalfCheetah-v5", 'run `pip install "gymnasium[mujoco]"`'),
+        ("HalfCheetah-v5", "pip install -r requirements-mujoco.txt"),
+        ("MinAtar/Breakout-v1", "pip install -r requirements-minatar.txt"),
     ],
 )
 def test_an_environment_whose_package_is_missing_is_answered_with_what_to_install(env_id, advice):
-    if find_spec("minigrid" if "MiniGrid" in env_id else "mujoco"):
+    packages = {"MiniGrid": "minigrid", "HalfCheetah": "mujoco", "MinAtar": "minatar", "Pong": "ale_py"}
+    if any(name in env_id and find_spec(package) for name, package in packages.items()):
         pytest.skip("the package is installed")
     with pytest.raises(ValueError) as error:
         read_spaces(CommonArgs(env_id=env_id))

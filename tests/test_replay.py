@@ -19,11 +19,17 @@ ENVIRONMENTS = {
     "Blackjack-v1": 50,
     "CarRacing-v3": 25,
     "ALE/Pong-v5": 50,  # with sticky actions, of a generator of its own
+    "MinAtar/Breakout-v1": 200,
     "HalfCheetah-v5": 120,
     "Hopper-v5": 300,
 }
 TIME_LIMITS = {"CarRacing-v3": 20, "HalfCheetah-v5": 100}  # short, so that episodes end
-OPTIONAL = {"ALE/Pong-v5": "ale_py", "HalfCheetah-v5": "mujoco", "Hopper-v5": "mujoco"}
+OPTIONAL = {
+    "ALE/Pong-v5": "ale_py",
+    "MinAtar/Breakout-v1": "minatar",
+    "HalfCheetah-v5": "mujoco",
+    "Hopper-v5": "mujoco",
+}
 
 
 def make(env_id, num_envs=2):

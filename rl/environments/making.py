@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import find_highest_version, parse_env_id
-from gymnasium.error import DeprecatedEnv, UnregisteredEnv, VersionNotFound
+from gymnasium.error import DependencyNotInstalled, DeprecatedEnv, UnregisteredEnv, VersionNotFound
 from gymnasium.wrappers import AtariPreprocessing, FlattenObservation, FrameStackObservation, RecordVideo
 
 from rl.args import CommonArgs, EnvironmentArgs
 from rl.environments.replay import ReplayableEnv, ReplayableEnvs
+from rl.environments.wrappers import LifeLoss, PressFire, StackChannels
 from rl.seeding import Purpose, stream_seed
-from rl.spaces import check_action_space, is_image, observation_parts
+from rl.spaces import check_action_space, has_channels_last, is_image, observation_parts
 from rl.voice import going_on_without, say
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ def read_spaces(args: EnvironmentArgs) -> tuple[gym.Space, gym.Space]:
     Raises:
         ValueError: in one line, if it cannot be made or has a space that is not supported.
     """
-    return _read_spaces(args.env_id, tuple(args.env_kwargs))
+    return _read_spaces(args.env_id, tuple(args.env_kwargs), args.frame_stack)
 
 
 @cache
-def _read_spaces(env_id: str, env_kwargs: tuple[str, ...]) -> tuple[gym.Space, gym.Space]:
-    args = CommonArgs(env_id=env_id, env_kwargs=env_kwargs)
+def _read_spaces(env_id: str, env_kwargs: tuple[str, ...], frame_stack: int | None) -> tuple[gym.Space, gym.Space]:
+    args = CommonArgs(env_id=env_id, env_kwargs=env_kwargs, frame_stack=frame_stack)
     try:
         with _make(args) as env:
             observation_space, action_space = env.observation_space, env.action_space
@@ -173,6 +174,10 @@ def _advice(env_id: str, error: Exception) -> str:
     module = next((module for start, module in MODULES.items() if name.startswith(start)), None)
     if named and isinstance(error, ModuleNotFoundError):
         return f" Install what is missing (pip install {module or '...'}), or start where {named} can be imported."
+    if isinstance(error, DependencyNotInstalled) and "mujoco" in str(error).lower():
+        return " Better: pip install -r requirements-mujoco.txt"
+    if name.startswith("MinAtar") and isinstance(error, UnregisteredEnv) and not find_spec("minatar"):
+        return " It comes with a package: pip install -r requirements-minatar.txt"
     if named or not isinstance(error, UnregisteredEnv) or isinstance(error, VersionNotFound):
         return ""
     if module:
@@ -193,14 +198,31 @@ def _free_name(folder: Path, name: str) -> str:
 
 
 def _make(args: EnvironmentArgs, **kwargs: Any) -> gym.Env:
-    """Make one environment; Atari's is given the customary preprocessing (Machado et al. 2018)."""
+    """Make one environment, with the wrappers that the flags name."""
     kwargs = args.env_arguments() | kwargs
-    if not args.env_id.startswith("ALE/"):
-        return gym.make(args.env_id, **kwargs)
+    is_atari = args.env_id.startswith("ALE/")
+    if args.env_id.startswith("MinAtar/") and find_spec("minatar"):
+        from minatar.gym import register_envs  # here, because it is optional
+
+        register_envs()
+    env = _make_atari(args.env_id, kwargs) if is_atari else gym.make(args.env_id, **kwargs)
+    if args.terminal_on_life_loss:
+        env = LifeLoss(env)
+    frames = args.frame_stack or (4 if is_atari else 1)
+    if frames == 1:
+        return env
+    image = env.observation_space
+    stack = FrameStackObservation(env, frames)
+    return StackChannels(stack, has_channels_last(image.shape)) if is_image(image) and len(image.shape) == 3 else stack
+
+
+def _make_atari(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
+    """Make an Atari game with the customary preprocessing (Machado et al. 2018)."""
     if find_spec("ale_py") is None or find_spec("cv2") is None:
         raise ImportError("Atari needs more packages: pip install -r requirements-atari.txt")
     import ale_py  # here, because it is optional; it registers the games
 
     gym.register_envs(ale_py)
-    env = gym.make(args.env_id, frameskip=1, **kwargs)
-    return FrameStackObservation(AtariPreprocessing(env, frame_skip=4), 4)
+    game = AtariPreprocessing(gym.make(env_id, frameskip=1, **kwargs), frame_skip=4)
+    waits_for_fire = game.unwrapped.get_action_meanings()[1] == "FIRE"  # type: ignore[attr-defined]  # of the game
+    return PressFire(game) if waits_for_fire else game

@@ -71,6 +71,8 @@ class ReplayableEnvs(SyncVectorEnv):
     observation; `info` then holds the final one, and the episode's return and length as RecordEpisodeStatistics
     names them. Gymnasium's default would insert a step that ignores the action, which must not be learnt from.
 
+    `info["life_lost"]` names those that lost a life, where `LifeLoss` says so.
+
     Every episode has a seed of its own, from a stream of its environment. So an episode can be repeated even where an
     environment makes its generator of random numbers only when it is given a seed.
 
@@ -126,10 +128,13 @@ class ReplayableEnvs(SyncVectorEnv):
         self.actions[self.num_steps - self.kept_from] = actions
         self.num_steps += 1
         final_observations: dict[int, np.ndarray] = {}
+        losers: list[int] = []
         length = self.length
         for index, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             try:
-                observation, reward, terminated, truncated, _ = env.step(action)
+                observation, reward, terminated, truncated, said = env.step(action)
+                if said and said.get("life_lost"):
+                    losers.append(index)
                 if type(reward) not in NUMBERS or len(observation) != length:
                     _check(observation, reward, self.shape)
                 self.rewards[index] = reward
@@ -143,6 +148,8 @@ class ReplayableEnvs(SyncVectorEnv):
                 raise _failure(index, error) from error
         self.episode_returns += self.rewards
         info = self._end_episodes(final_observations) if final_observations else {}
+        if losers:
+            info["life_lost"] = losers
         return self.observations, self.rewards.copy(), self.terminations.copy(), self.truncations.copy(), info
 
     def mark(self, update: int) -> None:

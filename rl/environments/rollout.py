@@ -69,6 +69,8 @@ def collect_rollout(
             )  # an action of NaN, say, comes of it
             raise EnvironmentFailure(failure.who, failure.reason, f" in step {t}") from failure
         raw_observations[t + 1], rewards[t], terminations[t], truncations[t], info = step
+        if "life_lost" in info:
+            terminations[t, info["life_lost"]] = True
         if "final_obs" in info:
             for env in info["_final_obs"].nonzero()[0]:
                 final_observations[t, env] = info["final_obs"][env]

@@ -4,7 +4,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from rl.spaces import IMAGE_FEATURES, Image, Vector, observation_parts
+from rl.spaces import IMAGE_FEATURES, Image, Vector, has_channels_last, observation_parts
 
 
 class Encoder(nn.Module):
@@ -64,7 +64,7 @@ class ImageEncoder(nn.Module):
         """Return images [B, C, H, W], whatever axis the channels are on."""
         if images.dim() == 3:
             return images.unsqueeze(1)
-        return images.permute(0, 3, 1, 2) if self.image.has_channels_last else images
+        return images.permute(0, 3, 1, 2) if has_channels_last(self.image.shape) else images
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features float32 [..., IMAGE_FEATURES] for images [..., *shape], their values mapped to 0..1."""

@@ -22,14 +22,14 @@ def prepare_batch(
     Args:
         rollout: T steps of N environments.
         agent: of this process; its statistics of observations and rewards are updated.
-        args: `gamma`, `gae_lambda` and the three `normalize_...` count here.
+        args: `gamma`, `gae_lambda`, `clip_rewards` and the three `normalize_...` count here.
         sum_over_ranks: adds up a tensor over the ranks that collected.
     """
     if isinstance(agent.observation_normalizer, ObservationNormalizer):
         agent.observation_normalizer.update(sum_over_ranks(moments(rollout.raw_observations)))
     if isinstance(agent.reward_normalizer, RewardNormalizer) and rollout.reward_sums is not None:
         agent.reward_normalizer.update(sum_over_ranks(moments(rollout.reward_sums)))
-    rewards = agent.reward_normalizer(rollout.rewards)
+    rewards = rollout.rewards.sign() if args.clip_rewards else agent.reward_normalizer(rollout.rewards)
     advantages = generalized_advantage_estimation(
         rewards, rollout.values, rollout.next_values, rollout.dones, args.gamma, args.gae_lambda
     )
