@@ -49,7 +49,7 @@ def main(args: FabricArgs) -> None:
         return fabric.all_gather(rows).reshape(-1, *rows.shape[1:])
 
     # Log: only rank 0 writes, into the folder of the run.
-    run = Run(args, rank, world_size, sum_over_ranks, gather_rows)
+    run = Run(args, rank, world_size, sum_over_ranks)
     logger = TensorBoardLogger(run.folder.parent, run.folder.name, version="", purge_step=run.purge_step)
     run.open_log(logger.experiment)
     fabric.loggers.append(logger)
@@ -108,7 +108,7 @@ def main(args: FabricArgs) -> None:
                 break
 
         # Guard: all ranks hold the same weights.
-        check_agreement(gather_rows(weights_checksum(agent)), update)
+        check_agreement(sum_over_ranks(weights_checksum(agent)), world_size, update)
 
         # Log, evaluate and checkpoint: means over all ranks, so all decide alike whether the run goes on.
         sums = sum_over_ranks(sum_up(episodes, batch, losses))

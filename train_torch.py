@@ -58,7 +58,7 @@ def main(args: TorchArgs) -> None:
         return all_rows
 
     # Log: only rank 0 writes, into the folder of the run.
-    run = Run(args, rank, world_size, sum_over_ranks, gather_rows)
+    run = Run(args, rank, world_size, sum_over_ranks)
     logger = SummaryWriter(run.folder, purge_step=run.purge_step) if rank == 0 else None
     run.open_log(logger)
 
@@ -118,7 +118,7 @@ def main(args: TorchArgs) -> None:
                 break
 
         # Guard: all ranks hold the same weights.
-        check_agreement(gather_rows(weights_checksum(agent)), update)
+        check_agreement(sum_over_ranks(weights_checksum(agent)), world_size, update)
 
         # Log, evaluate and checkpoint: means over all ranks, so all decide alike whether the run goes on.
         sums = sum_over_ranks(sum_up(episodes, batch, losses))

@@ -41,10 +41,10 @@ def gathered() -> list[int]:
 
 
 @pytest.fixture
-def gather(gathered: list[int]) -> Callable[[Tensor], Tensor]:
-    def gather(rows: Tensor) -> Tensor:
-        gathered.append(len(rows))
-        return rows
+def gather(gathered: list[int]) -> Callable[[Tensor], list[Tensor]]:
+    def gather(packed: Tensor) -> list[Tensor]:
+        gathered.append(len(packed))
+        return [packed]
 
     return gather
 
@@ -69,7 +69,7 @@ def test_states_are_asked_for_gathered_and_written_only_when_it_is_time_to(tmp_p
     envs, args = Environments(), TorchArgs(checkpoint_every=4, total_timesteps=10 * 1024)
     checkpoints = train(Checkpoints(tmp_path, args, gather), range(1, 8), envs)
     assert envs.asked == [4]
-    assert len(gathered) == 2  # the sizes, and the states
+    assert len(gathered) == 1
     train(checkpoints, range(8, 11), envs)
     assert envs.asked == [4, 8, 10]
     assert updates_on_disk(tmp_path) == [8, 10]
@@ -129,13 +129,7 @@ def test_a_run_whose_folder_is_gone_or_another_ends_with_a_line(tmp_path):
 def test_bytes_of_processes_that_differ_in_number_arrive_as_they_were(tmp_path):
     others = torch.tensor([7, 8, 9], dtype=torch.uint8)
 
-    def gather(rows):
-        """Add the rows of a second process, as a collective would."""
-        if rows.ndim == 1:
-            return torch.cat([rows, torch.tensor([len(others)])])
-        return torch.cat([rows, nn.functional.pad(others, (0, rows.shape[1] - len(others)))[None]])
-
-    train(Checkpoints(tmp_path, TorchArgs(total_timesteps=1024), gather), [1])
+    train(Checkpoints(tmp_path, TorchArgs(total_timesteps=1024), lambda packed: [packed, others]), [1])
     own, theirs = load_checkpoint(tmp_path)["environments"]
     assert unpack(own) == [{"seed": 1, "episode": 1}]
     assert torch.equal(theirs, others)

@@ -54,9 +54,7 @@ class Channel:
 
     def check_weights(self, agent: nn.Module, update: int) -> None:
         """End the run if the processes hold different weights after an update; call it on all of them."""
-        own = weights_checksum(agent).cpu()
-        checksums = self.everyone.all_gather([torch.empty_like(own) for _ in range(self.world_size)], own)
-        check_agreement(torch.cat(checksums), update)
+        check_agreement(self.everyone.all_reduce(weights_checksum(agent).cpu()), self.world_size, update)
 
     def send_batch(self, batch: Batch, update: int) -> None:
         """Message 1, by the player: all rows to every trainer, or an almost equal, random part of them to each.

@@ -39,7 +39,7 @@ class Checkpoints:
     Args:
         run_folder: folder of the run.
         args: of the run.
-        gather: returns the rows of all processes that run environments; None if there is one.
+        gather: returns the bytes of all processes that run environments on the first; None if there is one.
         updates_done: before, in a run that is resumed.
     """
 
@@ -47,7 +47,7 @@ class Checkpoints:
         self,
         run_folder: Path,
         args: CommonArgs,
-        gather: Callable[[Tensor], Tensor] | None,
+        gather: Callable[[Tensor], list[Tensor]] | None,
         updates_done: int = 0,
     ) -> None:
         self.folder = run_folder / "checkpoints"
@@ -111,7 +111,8 @@ class Checkpoints:
         if not (is_last or is_best) and update % self.args.checkpoint_every != 0:
             return
         device = next(iter(agent.values())).device  # where the process group sends from
-        packed = _gather_bytes(pack(environments.states(update)).to(device), self.gather)
+        own = pack(environments.states(update)).to(device)
+        packed = self.gather(own) if self.gather else [own.cpu()]
         if self.ranks.rank == 0:
             if self.writing:
                 self.writing.result()
@@ -192,13 +193,3 @@ def _copy_to_cpu(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy_to_cpu(item) for key, item in value.items()}
     return [_copy_to_cpu(item) for item in value] if isinstance(value, list) else value
-
-
-def _gather_bytes(packed: Tensor, gather: Callable[[Tensor], Tensor] | None) -> list[Tensor]:
-    """Return the bytes of all processes, uint8 [bytes] each; they differ in number, so they travel padded."""
-    if gather is None:
-        return [packed.cpu()]
-    sizes = gather(torch.tensor([len(packed)], device=packed.device)).tolist()
-    padded = packed.new_zeros(1, max(sizes))
-    padded[0, : len(packed)] = packed
-    return [row[:size].clone() for row, size in zip(gather(padded).cpu(), sizes, strict=True)]

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import resource
 import signal
 import sys
 import threading
@@ -179,6 +180,8 @@ def start(main: Callable[[Args], None], args: Args) -> NoReturn:
     """
     gc.disable()  # until the first update: imports and compilation leave little garbage, and a fifth is quicker without
     torch.set_num_threads(1)  # for each process, so that none is in the way of another
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each process is connected with every other one
     ending.listen()
     ending.have_exits_raise()
     threading.excepthook = _leave_to_main_thread

@@ -19,6 +19,7 @@ from rl.ppo.batch import Batch, Episodes
 from rl.ppo.distributions import DiagonalGaussian
 from rl.ppo.metrics import name_means, sum_episodes
 from rl.ppo.minibatches import almost_equal_sizes
+from rl.processes.gather import gather_bytes
 from rl.processes.placement import keep_to_own_cores
 from rl.run.checkpoints import Checkpoints
 from rl.run.ending import ending
@@ -51,7 +52,6 @@ class Run:
         rank: of this process.
         world_size: number of processes.
         sum_over_ranks: adds up a tensor over all processes.
-        gather_rows: returns the rows of all processes that run environments; None if there is one.
     """
 
     def __init__(
@@ -60,7 +60,6 @@ class Run:
         rank: int,
         world_size: int,
         sum_over_ranks: Callable[[Tensor], Tensor],
-        gather_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if dist.is_initialized():
             # Fabric's process group would wait for half an hour.
@@ -73,7 +72,8 @@ class Run:
         self.steps = args.steps_per_update(world_size)  # of all environments together
         self.folder = choose_run_folder(args)
         self.train_videos = self.folder / "train_videos" if args.capture_video and self.is_first else None
-        self.checkpoints = Checkpoints(self.folder, args, gather_rows if world_size > 1 else None, self.updates_done)
+        gather = gather_bytes if args.env_processes(world_size) > 1 else None
+        self.checkpoints = Checkpoints(self.folder, args, gather, self.updates_done)
         self.progress = self.closing(Progress(args, self.steps, self.is_first, self.updates_done))
         self.scalars: dict[str, float] = self.checkpoint["scalars"] if self.checkpoint else {}
         self.is_best = False  # of the agent: whether its last evaluation is the best so far

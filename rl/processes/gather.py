@@ -1,0 +1,27 @@
+"""Gathering on the first process alone: what it writes for all."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_bytes(packed: Tensor) -> list[Tensor]:
+    """Return the bytes of all processes on rank 0, uint8 [bytes] each, in the order of ranks, and nothing elsewhere.
+
+    They differ in number, so the number travels first. Call it on all processes.
+
+    Args:
+        packed: those of this process, uint8 [bytes], on a device that the process group sends from.
+    """
+    size = torch.tensor([len(packed)], device=packed.device)
+    if dist.get_rank() > 0:
+        dist.send(size, 0)
+        dist.send(packed, 0)
+        return []
+    gathered = [packed.cpu()]
+    for rank in range(1, dist.get_world_size()):
+        dist.recv(size, rank)
+        received = packed.new_empty(int(size))
+        dist.recv(received, rank)
+        gathered.append(received.cpu())
+    return gathered
