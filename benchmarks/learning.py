@@ -85,6 +85,8 @@ ENTRIES = {name: _preset(name) for name in PRESETS} | {
     "CartPole, stable-baselines3": _stable_baselines3("CartPole-v1", "published"),
     "LunarLander, stable-baselines3": _stable_baselines3("LunarLander-v3", "published"),
     "LunarLander, stable-baselines3, our settings": _stable_baselines3("LunarLander-v3", "ours"),
+    "HalfCheetah, stable-baselines3": _stable_baselines3("HalfCheetah-v5", "published"),
+    "Hopper, stable-baselines3": _stable_baselines3("Hopper-v5", "published"),
 }
 CURVES = {  # what is drawn together, and in which colour
     "CartPole-v1": {"cartpole": "tab:blue", "CartPole, stable-baselines3": "0.45"},
@@ -103,6 +105,10 @@ PUBLISHED = {
     "LunarLander-v3": "242 (1M, LunarLander-v2)",
     "LunarLanderContinuous-v3": "271 (1M, LunarLanderContinuous-v2)",
     "BipedalWalker-v3": "288 (5M)",
+    "HalfCheetah-v5": "5,819 (1M, v4)",
+    "Hopper-v5": "2,410 (1M, v4)",
+    "Walker2d-v5": "3,479 (1M, v4)",
+    "Ant-v5": "1,327 (1M, v4)",
 }
 
 
@@ -176,7 +182,8 @@ def train(name: str, seed: int, port: int) -> dict[str, Any]:
         result = json.loads(printed.splitlines()[-1])
     else:
         (log,) = folder.glob("logs/*/*/events*")
-        losses = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload().Scalars("Loss/loss")
+        scalars = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
+        losses = scalars.Scalars("Loss/loss")
         test = [sys.executable, "-m", "rl.evaluate", str(log.parent), f"--episodes={EPISODES}"]
         words = run([*test, f"--seed={TEST_SEED + seed}"], folder).splitlines()[-1].split()
         mean, std, _ = (float(word.split("=")[1]) for word in words)
@@ -186,6 +193,7 @@ def train(name: str, seed: int, port: int) -> dict[str, Any]:
             "curve": learning_curve(log, start),
             "mean_return": mean,
             "std_return": std,
+            "largest_kl": max(event.value for event in scalars.Scalars("Info/approx_kl")),
         }
     curve = [(steps, round(seconds, 1), round(mean, 2)) for steps, seconds, mean in result["curve"]]
     threshold = gym.spec(entry.env_id).reward_threshold
@@ -195,6 +203,7 @@ def train(name: str, seed: int, port: int) -> dict[str, Any]:
         "seed": seed,
         "commit": version,  # of the code: seconds of different versions are not comparable
         **{what: round(result[what], 2) for what in ("mean_return", "std_return", "steps", "seconds")},
+        "largest_kl": round(result["largest_kl"], 4) if "largest_kl" in result else None,
         "solved": solved and solved[:2],  # steps and seconds until the curve reached the environment's threshold
         "curve": curve[:: -(-len(curve) // POINTS) or 1],
     }
@@ -249,10 +258,10 @@ def middle_mean(values: np.ndarray) -> np.ndarray:
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """Print the statistics over the seeds, in Markdown."""
-    print(
-        "| | environment | steps | seeds | interquartile mean | 95 % interval | median | lowest | published | seconds |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("", "environment", "steps", "seeds", "interquartile mean", "95 % interval", "lowest", "spread")
+    columns += ("largest KL", "published", "seconds")
+    print("|", " | ".join(columns), "|")
+    print("|", " | ".join(["---"] * len(columns)), "|")
     for name, entry in ENTRIES.items():
         rows = [result for result in results if result["entry"] == name]
         if not rows:
@@ -263,7 +272,10 @@ def print_table(results: list[dict[str, Any]]) -> None:
         version = Counter(row["commit"] for row in rows).most_common(1)[0][0]
         seconds = median(row["seconds"] for row in rows if row["commit"] == version)
         cells = [name, entry.env_id, f"{rows[0]['steps']:,}", len(rows), f"{mean:.1f}", interval]
-        cells += [f"{median(returns):.1f}", f"{min(returns):.1f}", PUBLISHED.get(entry.env_id, "")]
+        spread = f"{(max(returns) - min(returns)) / abs(mean):.0%}"
+        divergences = [row["largest_kl"] for row in rows if row.get("largest_kl")]
+        divergence = f"{max(divergences):.3f}" if divergences else ""
+        cells += [f"{min(returns):.1f}", spread, divergence, PUBLISHED.get(entry.env_id, "")]
         print("|", *(f"{cell} |" for cell in cells), f"{seconds:.0f} |")
     print()
     print("| seconds until 100 training episodes reach the threshold | threshold | by seed | median | ratio |")

@@ -19,6 +19,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize, sync_envs_normalization
 from torch import nn
 
 from benchmarks.rivals import process_start
@@ -33,7 +34,9 @@ def falling(initial: float) -> Callable[[float], float]:
     return lambda remaining: remaining * initial
 
 
-# Of RL Baselines3 Zoo, hyperparams/ppo.yml; LunarLander's are those of LunarLander-v2.
+WIDE = {"log_std_init": -2, "ortho_init": False, "activation_fn": nn.ReLU, "net_arch": [256, 256]}
+
+# Of RL Baselines3 Zoo, hyperparams/ppo.yml; LunarLander's are those of LunarLander-v2, MuJoCo's those of version 4.
 PUBLISHED = {
     "CartPole-v1": (
         100_000,
@@ -59,6 +62,42 @@ PUBLISHED = {
             "gamma": 0.999,
             "gae_lambda": 0.98,
             "ent_coef": 0.01,
+        },
+    ),
+    "HalfCheetah-v5": (
+        1_000_000,
+        {
+            "n_envs": 1,
+            "normalize": True,
+            "n_steps": 512,
+            "batch_size": 64,
+            "n_epochs": 20,
+            "learning_rate": 2.0633e-05,
+            "gamma": 0.98,
+            "gae_lambda": 0.92,
+            "clip_range": 0.1,
+            "ent_coef": 0.000401762,
+            "vf_coef": 0.58096,
+            "max_grad_norm": 0.8,
+            "policy_kwargs": WIDE,
+        },
+    ),
+    "Hopper-v5": (
+        1_000_000,
+        {
+            "n_envs": 1,
+            "normalize": True,
+            "n_steps": 512,
+            "batch_size": 32,
+            "n_epochs": 5,
+            "learning_rate": 9.80828e-05,
+            "gamma": 0.999,
+            "gae_lambda": 0.99,
+            "clip_range": 0.2,
+            "ent_coef": 0.00229519,
+            "vf_coef": 0.835671,
+            "max_grad_norm": 0.7,
+            "policy_kwargs": WIDE,
         },
     ),
 }
@@ -127,11 +166,17 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     no_pictures = {"render_mode": None}  # the default, "rgb_array", slows LunarLander
     steps, settings = PUBLISHED[options.env_id] if options.settings == "published" else ours(options.env_id)
+    normalize = settings.pop("normalize", False)
     envs = make_vec_env(options.env_id, settings.pop("n_envs"), seed=options.seed, env_kwargs=no_pictures)
+    if normalize:
+        envs = VecNormalize(envs, gamma=settings["gamma"])
     with redirect_stdout(sys.stderr):
         model = PPO("MlpPolicy", envs, seed=options.seed, device="cpu", **settings).learn(steps, callback=curve)
         seconds = curve.points[-1][1]
         tests = make_vec_env(options.env_id, 10, seed=options.seed + 10_000, env_kwargs=no_pictures)
+        if normalize:
+            tests = VecNormalize(tests, training=False, norm_reward=False)
+            sync_envs_normalization(envs, tests)
         mean, std = evaluate_policy(model, tests, options.episodes)
     print(
         json.dumps(
