@@ -51,7 +51,12 @@ def test_the_flags_of_a_training_command_parse(command, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     if "fabric run" in launcher:
         monkeypatch.setenv("LT_CLI_USED", "1")
-    for flag, package in (("ALE/", "ale_py"), ("envpool", "envpool")):
+    for flag, package in (
+        ("ALE/", "ale_py"),
+        ("envpool", "envpool"),
+        ("HalfCheetah", "mujoco"),
+        ("MinAtar", "minatar"),
+    ):
         if flag in flags:
             pytest.importorskip(package, reason=f"{package} is optional")
     monkeypatch.chdir(tmp_path)
