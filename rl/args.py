@@ -335,7 +335,7 @@ class FabricArgs(CommonArgs):
     log_root: ClassVar[Path] = Path("logs/fabric_logs")
 
     def check_processes(self, world_size: int) -> None:
-        """Check what depends on the number of processes.
+        """Check what depends on the number of processes; where `fabric run` has not said so, Fabric takes the CPU.
 
         Raises:
             ValueError: with one line that says what does not fit.
@@ -352,6 +352,8 @@ class FabricArgs(CommonArgs):
                 raise ValueError(
                     f"--accelerator={accelerator} needs a GPU, and PyTorch sees none: choose --accelerator=cpu"
                 )
+        os.environ.setdefault("LT_ACCELERATOR", "cpu")
+        os.environ.setdefault("LT_DEVICES", "1")
         super().check_processes(world_size)
 
 

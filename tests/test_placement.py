@@ -17,12 +17,19 @@ def launch(monkeypatch, rank, local_rank, world_size, local_world_size):
         monkeypatch.setenv(name, str(value))
 
 
+def see_gpus(monkeypatch, number):
+    """Pretend that PyTorch sees some GPUs; None if it was made for none."""
+    device = None if number is None else torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: number)
+
+
 @pytest.fixture
 def placed(monkeypatch):
     """A function that returns where the processes of each machine compute: devices, and the one backend of each."""
 
     def place(num_gpus, machines, processes_on_cpu=0):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        see_gpus(monkeypatch, num_gpus)
         devices, backends, first = [], [], 0
         for processes in machines:
             here = []
@@ -41,7 +48,7 @@ def placed(monkeypatch):
 @pytest.mark.parametrize("backend", ["gloo", "shared"])
 def test_without_the_flag_all_compute_on_the_cpu_however_many_gpus_there_are(monkeypatch, backend):
     monkeypatch.setitem(Backend.default_device_backend_map, "cpu", backend)  # "shared" after `use_shared_memory`
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    see_gpus(monkeypatch, 8)
     launch(monkeypatch, 1, 1, 2, 2)
     assert choose_device(False) == (torch.device("cpu"), backend)
 
@@ -65,8 +72,9 @@ def test_a_player_stays_on_the_cpu_and_takes_no_gpu_from_the_trainers(placed, ca
     assert placed(1, [3], processes_on_cpu=1) == ([["cpu", "cuda:0", "cuda:0"]], ["gloo"])
 
 
-def test_without_a_gpu_the_flag_is_answered_with_what_to_do(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+@pytest.mark.parametrize("num_gpus", [None, 0])  # none that this PyTorch could use, and none in the machine
+def test_without_a_gpu_the_flag_is_answered_with_what_to_do(monkeypatch, num_gpus):
+    see_gpus(monkeypatch, num_gpus)
     with pytest.raises(RunError, match=r"^--cuda needs a GPU, and PyTorch sees none: leave --cuda out"):
         choose_device(True)
 

@@ -26,7 +26,7 @@ class Results(NamedTuple):
     lengths: np.ndarray  # int64 [episodes]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     agent: Agent,
     args: CommonArgs,

@@ -93,7 +93,7 @@ def collect_rollout(
     log_probs, _, values = map(torch.cat, zip(*outputs, strict=True))
     next_values = torch.cat([values[1:], agent.value(last)])
     if final_observations:
-        steps, indices = zip(*final_observations, strict=True)
+        steps, indices = torch.tensor(list(final_observations), device=device).T
         finals = torch.tensor(np.stack(list(final_observations.values())), dtype=dtype, device=device)
         next_values[steps, indices] = agent.value(agent.observation_normalizer(finals))
     terminated = torch.from_numpy(terminations).to(device)

@@ -16,6 +16,7 @@ Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Outputs = Callable[[np.ndarray], np.ndarray]
 
 PROOF_ROWS = 32
+MOST_WEIGHTS = 100_000  # of an agent on a GPU: a smaller one acts on the CPU, where a step needs no transfer
 TOLERANCE = 1e-4  # rounding leaves 1e-6 of the largest output
 
 ZERO = np.zeros((), dtype=np.float32)  # a Python number would be converted in each step
@@ -40,7 +41,9 @@ def make_policy(agent: Agent, observations: np.ndarray) -> Policy:
         inputs = agent.observation_normalizer(torch.from_numpy(observations).to(device))
         return agent.act(inputs, torch.from_numpy(noise).to(device)).cpu().numpy()
 
-    if device.type != "cpu" or agent.encoder.images or type(agent.distribution) not in (Categorical, DiagonalGaussian):
+    if agent.encoder.images or type(agent.distribution) not in (Categorical, DiagonalGaussian):
+        return act
+    if device.type != "cpu" and sum(parameter.numel() for parameter in agent.actor.parameters()) > MOST_WEIGHTS:
         return act
     try:
         outputs, fast = _numpy_policy(agent)
@@ -65,7 +68,8 @@ def _difference(agent: Agent, outputs: Outputs, fast: Policy, act: Policy, obser
     shaken = np.repeat(observations, -(-PROOF_ROWS // len(observations)), 0)
     shaken = np.concatenate([observations, shaken + rng.standard_normal(shaken.shape, dtype=np.float32)])
     ours = outputs(shaken)
-    truth = agent.actor(agent.encoder(agent.observation_normalizer(torch.from_numpy(shaken)))).numpy()
+    inputs = agent.observation_normalizer(torch.from_numpy(shaken).to(next(agent.parameters()).device))
+    truth = agent.actor(agent.encoder(inputs)).cpu().numpy()
     largest = np.abs(truth).max()
     if not np.allclose(ours, truth, rtol=0, atol=TOLERANCE * largest):
         return f"the policy's outputs differ by up to {np.abs(ours - truth).max():.2g}"
@@ -82,16 +86,16 @@ def _difference(agent: Agent, outputs: Outputs, fast: Policy, act: Policy, obser
 def _numpy_policy(agent: Agent) -> tuple[Outputs, Policy]:
     """Return functions from observations to the policy's outputs, and from observations and noise to actions."""
     linear = [layer for layer in agent.actor if isinstance(layer, nn.Linear)]
-    weights = [(layer.weight.detach().T.contiguous().numpy(), layer.bias.detach().numpy()) for layer in linear]
+    weights = [(_array(layer.weight.T.contiguous()), _array(layer.bias)) for layer in linear]
     *hidden, (last_weight, last_bias) = weights
     activate = np.tanh if any(isinstance(layer, nn.Tanh) for layer in agent.actor) else partial(np.maximum, ZERO)
     normalizer = (
         agent.observation_normalizer if isinstance(agent.observation_normalizer, ObservationNormalizer) else None
     )
     if normalizer:
-        mean, std, limit = normalizer.mean.numpy(), normalizer.std.numpy(), normalizer.limit.numpy()
+        mean, std, limit = map(_array, (normalizer.mean, normalizer.std, normalizer.limit))
     if isinstance(agent.distribution, DiagonalGaussian):
-        deviation = agent.distribution.log_std.detach().exp().numpy()
+        deviation = _array(agent.distribution.log_std.exp())
 
     def outputs(observations: np.ndarray) -> np.ndarray:
         features = observations
@@ -111,3 +115,7 @@ def _numpy_policy(agent: Agent) -> tuple[Outputs, Policy]:
         return (outputs(observations) + noise).argmax(-1)
 
     return outputs, act
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

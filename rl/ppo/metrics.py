@@ -63,6 +63,7 @@ def name_means(sums: Tensor) -> dict[str, float]:
     Raises:
         RunError: if a loss is NaN or infinite.
     """
+    sums = sums.cpu()
     return_sum, length_sum, episodes = sums[:3].tolist()
     (_, variance), (_, unexplained) = map(mean_and_variance, sums[3:9].view(2, 3))
     *loss_sums, steps = sums[9:].tolist()

@@ -106,8 +106,8 @@ class Channel:
     def send_state(self, agent: nn.Module, optimizer: Optimizer) -> None:
         """Message 3, by the lead trainer: the new weights and the state of their Adam."""
         if self.rank == LEAD_TRAINER:
-            tensors = [tensor.detach().flatten().cpu() for tensor in _state_tensors(agent, optimizer)]
-            self.lead_and_player.broadcast(torch.cat(tensors), LEAD_TRAINER)
+            tensors = [tensor.detach().flatten() for tensor in _state_tensors(agent, optimizer)]
+            self.lead_and_player.broadcast(torch.cat(tensors).cpu(), LEAD_TRAINER)
 
     def receive_state(self, agent: nn.Module, optimizer: Optimizer) -> None:
         """Message 3, by the player: its agent and its Adam become those of the trainers."""
@@ -116,7 +116,7 @@ class Channel:
             optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **zeros}
         tensors = _state_tensors(agent, optimizer)
         sizes = [tensor.numel() for tensor in tensors]
-        received = self.lead_and_player.broadcast(torch.empty(sum(sizes)), LEAD_TRAINER)
+        received = self.lead_and_player.broadcast(torch.empty(sum(sizes)), LEAD_TRAINER).to(tensors[0].device)
         for tensor, values in zip(tensors, received.split(sizes), strict=True):
             tensor.data.copy_(values.view_as(tensor))
 

@@ -1,8 +1,17 @@
-"""Gathering on the first process alone: what it writes for all."""
+"""Bytes between processes: where messages may lie, and how the first process gathers what it writes for all."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def message_device() -> torch.device:
+    """Return the device from which the processes send to each other: with NCCL their GPU, else the CPU."""
+    if dist.get_backend() != "nccl":
+        return torch.device("cpu")
+    world = dist.group.WORLD
+    bound = world.bound_device_id if world is not None else None
+    return bound or torch.device("cuda")  # the GPU that the script named, or that Fabric has made the current one
 
 
 def gather_bytes(packed: Tensor) -> list[Tensor]:
@@ -11,8 +20,9 @@ def gather_bytes(packed: Tensor) -> list[Tensor]:
     They differ in number, so the number travels first. Call it on all processes.
 
     Args:
-        packed: those of this process, uint8 [bytes], on a device that the process group sends from.
+        packed: those of this process, uint8 [bytes], on the CPU.
     """
+    packed = packed.to(message_device())
     size = torch.tensor([len(packed)], device=packed.device)
     if dist.get_rank() > 0:
         dist.send(size, 0)

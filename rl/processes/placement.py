@@ -25,17 +25,18 @@ def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, 
     ranks = read_ranks()
     if not cuda:
         return torch.device("cpu"), Backend.default_device_backend_map["cpu"]
-    if not (num_gpus := torch.cuda.device_count()):
+    gpu = torch.accelerator.current_accelerator()  # "cuda", unless PyTorch was made for others
+    if gpu is None or not (num_gpus := torch.accelerator.device_count()):
         raise RunError("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
     first_rank_here = ranks.rank - ranks.local_rank
     on_cpu_here = max(0, processes_on_cpu - first_rank_here)
     on_gpu_here = ranks.local_world_size - on_cpu_here
     if on_gpu_here > num_gpus:
         say(f"{on_gpu_here} processes share {num_gpus} GPU{'s' * (num_gpus > 1)}: they talk through gloo, not NCCL")
-    backend = "gloo" if on_gpu_here > num_gpus else "nccl"
+    backend = "gloo" if on_gpu_here > num_gpus else Backend.default_device_backend_map[gpu.type]
     if ranks.local_rank < on_cpu_here:
         return torch.device("cpu"), backend
-    return torch.device("cuda", (ranks.local_rank - on_cpu_here) % num_gpus), backend
+    return torch.device(gpu.type, (ranks.local_rank - on_cpu_here) % num_gpus), backend
 
 
 def keep_to_own_cores() -> None:

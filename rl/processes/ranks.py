@@ -23,8 +23,8 @@ class Ranks(NamedTuple):
 def read_ranks() -> Ranks:
     """Read the place of this process from the launcher's environment variables.
 
-    Plain `python` is a world of one process on the CPU: the variables are then set as a launcher would, so that
-    PyTorch and Fabric, which read them later, find the same world.
+    Plain `python` is a world of one process: the variables are then set as a launcher would, so that PyTorch and
+    Fabric, which read them later, find the same world.
 
     Raises:
         SystemExit: if only some of the variables are set, or they name no process.
@@ -39,8 +39,6 @@ def read_ranks() -> Ranks:
     values = [os.environ[name] for name in LAUNCH_VARIABLES[:4]]
     if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[2]):
         fail(f"the launcher's variables {', '.join(LAUNCH_VARIABLES[:4])} name no process: {', '.join(values)}")
-    os.environ.setdefault("LT_ACCELERATOR", "cpu")
-    os.environ.setdefault("LT_DEVICES", "1")
     return Ranks(*map(int, values))
 
 

@@ -110,9 +110,8 @@ class Checkpoints:
         is_last = update == self.args.num_updates or self.args.is_solved_by(best_return)
         if not (is_last or is_best) and update % self.args.checkpoint_every != 0:
             return
-        device = next(iter(agent.values())).device  # where the process group sends from
-        own = pack(environments.states(update)).to(device)
-        packed = self.gather(own) if self.gather else [own.cpu()]
+        own = pack(environments.states(update))
+        packed = self.gather(own) if self.gather else [own]
         if self.ranks.rank == 0:
             if self.writing:
                 self.writing.result()

@@ -16,6 +16,7 @@ from rl.environments.collector import Collector
 from rl.environments.making import read_spaces
 from rl.environments.packing import unpack
 from rl.ppo.agent import Agent
+from rl.processes.gather import message_device
 from rl.run.folder import is_whole
 from rl.voice import RunError, is_rank_zero, say, say_first
 
@@ -142,9 +143,8 @@ def shared_checkpoint(args: CommonArgs) -> dict[str, Any] | None:
         except ValueError as error:
             raise RunError(str(error)) from None
         content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    if (world := dist.group.WORLD) is not None:
-        # The GPU that the script named, or that Fabric has made the current one.
-        device = world.bound_device_id or torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    if dist.is_initialized():
+        device = message_device()
         size = torch.tensor([len(content)], device=device)
         dist.broadcast(size, 0)
         if not size:

@@ -1,0 +1,16 @@
+"""A script of the suite on a GPU that is not there; at the end it says what it counted.
+
+Usage: pretend_run.py FLAGS, with the script's path in SCRIPT
+"""
+
+import atexit
+import os
+import runpy
+import sys
+
+from tests import pretend_gpu
+
+pretend_gpu.install()
+atexit.register(lambda: print("counted", dict(pretend_gpu.COUNTS), file=sys.stderr))
+sys.argv[0] = os.environ["SCRIPT"]
+runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
