@@ -7,8 +7,7 @@ import pytest
 
 from tests.launching import ROOT, WORKERS, assert_no_process_is_left, fabric_run, run, torchrun
 
-TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
-DDP = ("--accelerator=cpu", "--strategy=ddp")
+TORCH, DECOUPLED = "train_torch.py", "train_fabric_decoupled.py"
 UPDATES = 3
 # One gradient step in each update.
 FLAGS = "--num-steps 64 --per-rank-batch-size 64 --update-epochs 1 --num-envs 2 --hidden-sizes 16 --test-episodes 1"
@@ -23,7 +22,6 @@ class Case(NamedTuple):
 
 CASES = [
     Case(TORCH, rank=1, update=FIRST),
-    Case(FABRIC, rank=1, update=LAST),
     Case(DECOUPLED, rank=0, update=FIRST),  # the player
     Case(DECOUPLED, rank=2, update=LAST),
 ]
@@ -38,7 +36,6 @@ def finished(tmp_path_factory):
         worker = [WORKERS / "damage_weights.py", str(case.rank), str(case.update), str(ROOT / case.script), *flags]
         command = {
             TORCH: lambda: torchrun(2, *worker),
-            FABRIC: lambda: fabric_run(2, *worker, options=DDP),
             DECOUPLED: lambda: fabric_run(3, *worker),
         }[case.script]
         return run(command(), tmp_path_factory.mktemp("agreement"), timeout=120, env={"PYTHONPATH": str(ROOT)})

@@ -27,8 +27,7 @@ SHORT_RACE = [
     "--test-episodes=2",
 ]
 ENVIRONMENTS = {
-    "CartPole-v1": [*FLAGS, "--compile"],
-    "LunarLander-v3": FLAGS,
+    "LunarLander-v3": [*FLAGS, "--compile"],
     "Pendulum-v1": [*FLAGS, *NORMALIZED, "--noise-correlation=0.5", "--init-log-std=-0.5"],
     "CarRacing-v3": [*FLAGS, *SHORT_RACE, "--per-rank-batch-size", "16", "--hidden-sizes", "32"],
 }

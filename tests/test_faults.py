@@ -27,12 +27,13 @@ def short_runs():
 
 
 def draw_trials():
-    """In each command the last process dies at a random moment, and the first in a write, each at another moment."""
-    at_random = [(name, faults.COMMANDS[name].processes - 1, faults.RANDOM) for name in PLAIN]
-    in_writes = [(name, 0, moment) for name, moment in zip(PLAIN, faults.MOMENTS, strict=True)]
+    """In the first command the last process dies at a random moment, in the others the first in a write."""
+    first, *others = PLAIN
+    kills = [(first, faults.COMMANDS[first].processes - 1, faults.RANDOM)]
+    kills += [(name, 0, moment) for name, moment in zip(others, faults.MOMENTS[1:], strict=True)]
     return [
         faults.Trial(number, SEED, name, faults.COMMANDS[name].own, rank, moment)
-        for number, (name, rank, moment) in enumerate(at_random + in_writes)
+        for number, (name, rank, moment) in enumerate(kills)
     ]
 
 

@@ -22,11 +22,8 @@ IMAGE += ["--per-rank-batch-size=16"]
 FABRIC = {"LT_CLI_USED": "1", "LT_ACCELERATOR": "pretend", "LT_STRATEGY": "ddp"}
 # Script, processes, flags, those that only the GPU has, GPUs
 CASES = {
-    "torch, 1 process": ("train_torch.py", 1, VECTOR, ["--cuda"], 1),
     "torch, 1 process, an image": ("train_torch.py", 1, IMAGE, ["--cuda"], 1),
     "torch, 2 processes": ("train_torch.py", 2, [*VECTOR, "--share-data"], ["--cuda"], 2),
-    "torch, 2 processes, 1 GPU": ("train_torch.py", 2, [], ["--cuda"], 1),
-    "fabric, 1 process": ("train_fabric.py", 1, VECTOR, [], 1),
     "fabric, 2 processes": ("train_fabric.py", 2, [], [], 2),
     "decoupled": ("train_fabric_decoupled.py", 3, VECTOR, ["--cuda"], 2),
     "decoupled, all on GPUs": (
