@@ -49,6 +49,6 @@ def test_a_process_whose_weights_change_in_one_bit_ends_the_run(finished, case):
     launch = finished[case]
     assert launch.returncode != 0, launch.output
     assert len(launch.error_lines) == 1, launch.output
-    assert f"error: after update {case.update} the ranks hold different weights, checksums [" in launch.error_lines[0]
+    assert f"error: after update {case.update} the ranks hold different weights (rank" in launch.error_lines[0]
     assert "mean return" not in launch.output
     assert_no_process_is_left(launch)
