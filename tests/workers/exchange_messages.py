@@ -46,7 +46,7 @@ def exchange(channel: Channel, update: int) -> dict:
         # Numbers that arithmetic would not leave as they are.
         agent.actor[0].bias.data[:4] = torch.tensor([-0.0, 1e-45, torch.inf, torch.nan])
         agent.actor[2].bias.data[:2].view(torch.int32).copy_(torch.tensor([0x7FC01234, update]))
-        kept["losses"] = torch.tensor([channel.rank + update, 2.0**-40 * channel.rank, *range(5)], dtype=torch.float64)
+        kept["losses"] = torch.tensor([channel.rank + update, 2.0**-40 * channel.rank, *range(6)], dtype=torch.float64)
         channel.send_losses(kept["losses"].clone())
         channel.send_state(agent, optimizer)
     channel.check_weights(agent, update)
