@@ -60,7 +60,7 @@ def main(args: DecoupledArgs) -> None:
     for name in ("LT_CLI_USED", "LT_ACCELERATOR", "LT_DEVICES", "LT_NUM_NODES", "LT_STRATEGY"):
         os.environ.pop(name, None)
     use_shared_memory()  # two processes of one host sum without messages
-    device, backend = choose_device(args.cuda, processes_on_cpu=0 if args.player_on_gpu else 1)
+    device, backend = choose_device(args.cuda, apart=1, apart_on_gpu=args.player_on_gpu)
     channel = Channel(args, backend)
     (player if channel.rank == PLAYER else trainer)(args, channel, device)
 

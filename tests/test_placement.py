@@ -28,14 +28,14 @@ def see_gpus(monkeypatch, number):
 def placed(monkeypatch):
     """A function that returns where the processes of each machine compute: devices, and the one backend of each."""
 
-    def place(num_gpus, machines, processes_on_cpu=0):
+    def place(num_gpus, machines, **apart):
         see_gpus(monkeypatch, num_gpus)
         devices, backends, first = [], [], 0
         for processes in machines:
             here = []
             for local_rank in range(processes):
                 launch(monkeypatch, first + local_rank, local_rank, sum(machines), processes)
-                here.append(choose_device(True, processes_on_cpu))
+                here.append(choose_device(True, **apart))
             devices.append([str(device) for device, _ in here])
             (backend,) = {backend for _, backend in here}
             backends.append(backend)
@@ -66,10 +66,30 @@ def test_processes_that_outnumber_the_gpus_share_them_through_gloo_and_the_first
 
 
 def test_a_player_stays_on_the_cpu_and_takes_no_gpu_from_the_trainers(placed, capsys):
-    assert placed(2, [3], processes_on_cpu=1) == ([["cpu", "cuda:0", "cuda:1"]], ["nccl"])
-    assert placed(1, [2, 1], processes_on_cpu=1) == ([["cpu", "cuda:0"], ["cuda:0"]], ["nccl", "nccl"])
+    assert placed(2, [3], apart=1) == ([["cpu", "cuda:0", "cuda:1"]], ["nccl"])
+    assert placed(1, [2, 1], apart=1) == ([["cpu", "cuda:0"], ["cuda:0"]], ["nccl", "nccl"])
     assert capsys.readouterr().err == ""
-    assert placed(1, [3], processes_on_cpu=1) == ([["cpu", "cuda:0", "cuda:0"]], ["gloo"])
+    assert placed(1, [3], apart=1) == ([["cpu", "cuda:0", "cuda:0"]], ["gloo"])
+
+
+def test_a_player_on_a_gpu_takes_the_next_one_or_shares_one_and_the_trainers_keep_nccl(placed, capsys):
+    gpus = {"apart": 1, "apart_on_gpu": True}
+    assert placed(3, [3], **gpus) == ([["cuda:2", "cuda:0", "cuda:1"]], ["nccl"])
+    assert placed(2, [3], **gpus) == ([["cuda:0", "cuda:0", "cuda:1"]], ["nccl"])
+    assert capsys.readouterr().err == ""
+    assert placed(1, [3], **gpus) == ([["cuda:0", "cuda:0", "cuda:0"]], ["gloo"])
+
+
+def test_a_player_alone_on_its_machine_needs_no_gpu_there(monkeypatch):
+    see_gpus(monkeypatch, 0)
+    launch(monkeypatch, 0, 0, 3, 1)
+    assert choose_device(True, apart=1) == (torch.device("cpu"), "nccl")
+    with pytest.raises(RunError, match=r"^--cuda needs a GPU"):
+        choose_device(True, apart=1, apart_on_gpu=True)
+
+
+def test_one_process_needs_no_nccl(placed):
+    assert placed(2, [1]) == ([["cuda:0"]], ["gloo"])
 
 
 @pytest.mark.parametrize("num_gpus", [None, 0])  # none that this PyTorch could use, and none in the machine

@@ -44,7 +44,7 @@ class Channel:
         self.rank, self.world_size = self.everyone.rank, self.everyone.world_size
         self.num_trainers = self.world_size - 1
         shared_gpus = self.everyone.all_reduce(torch.tensor(int(backend == "gloo")))  # on any machine
-        backend = "gloo" if shared_gpus else backend
+        backend = "gloo" if shared_gpus or self.num_trainers == 1 else backend
         self.lead_and_player = TorchCollective().create_group(
             ranks=[PLAYER, LEAD_TRAINER], backend="gloo", timeout=patience
         )

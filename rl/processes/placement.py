@@ -9,34 +9,39 @@ from rl.processes.ranks import read_ranks
 from rl.voice import RunError, say
 
 
-def choose_device(cuda: bool, processes_on_cpu: int = 0) -> tuple[torch.device, str]:
+def choose_device(cuda: bool, apart: int = 0, apart_on_gpu: bool = False) -> tuple[torch.device, str]:
     """Return the device of this process, and the backend for those that share its kind of device.
 
     On the CPU that is PyTorch's default, which `use_shared_memory` changes. NCCL wants a GPU for each process; where
-    several share one, they talk through gloo.
+    several share one, or there is only one process, they talk through gloo.
 
     Args:
         cuda: whether GPUs are used at all.
-        processes_on_cpu: the first so many of all ranks stay on the CPU all the same.
+        apart: the first so many of all ranks are in no group with the others. They take the GPUs after those of the
+            others on their machine, and share them where none is left.
+        apart_on_gpu: whether they compute on a GPU; else they stay on the CPU.
 
     Raises:
-        RunError: if GPUs are wanted and none is visible.
+        RunError: if this process wants a GPU and none is visible.
     """
     ranks = read_ranks()
     if not cuda:
         return torch.device("cpu"), Backend.default_device_backend_map["cpu"]
+    apart_here = max(0, apart - (ranks.rank - ranks.local_rank))
+    members_here = max(0, ranks.local_world_size - apart_here)
+    is_apart = ranks.local_rank < apart_here
     gpu = torch.accelerator.current_accelerator()  # "cuda", unless PyTorch was made for others
-    if gpu is None or not (num_gpus := torch.accelerator.device_count()):
+    kind, num_gpus = (gpu.type, torch.accelerator.device_count()) if gpu else ("cuda", 0)
+    if not num_gpus and not (is_apart and not apart_on_gpu):
         raise RunError("--cuda needs a GPU, and PyTorch sees none: leave --cuda out to train on the CPU")
-    first_rank_here = ranks.rank - ranks.local_rank
-    on_cpu_here = max(0, processes_on_cpu - first_rank_here)
-    on_gpu_here = ranks.local_world_size - on_cpu_here
-    if on_gpu_here > num_gpus:
-        say(f"{on_gpu_here} processes share {num_gpus} GPU{'s' * (num_gpus > 1)}: they talk through gloo, not NCCL")
-    backend = "gloo" if on_gpu_here > num_gpus else Backend.default_device_backend_map[gpu.type]
-    if ranks.local_rank < on_cpu_here:
+    shares = members_here > num_gpus
+    if shares:
+        say(f"{members_here} processes share {num_gpus} GPU{'s' * (num_gpus > 1)}: they talk through gloo, not NCCL")
+    backend = "gloo" if shares or ranks.world_size == 1 else Backend.default_device_backend_map[kind]
+    if is_apart and not apart_on_gpu:
         return torch.device("cpu"), backend
-    return torch.device(gpu.type, (ranks.local_rank - on_cpu_here) % num_gpus), backend
+    place = members_here + ranks.local_rank if is_apart else ranks.local_rank - apart_here
+    return torch.device(kind, place % num_gpus), backend
 
 
 def keep_to_own_cores() -> None:
