@@ -1,6 +1,7 @@
 """Each script, launched for real by each launcher, does its updates and leaves what the design promises."""
 
 import hashlib
+import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,9 @@ from typing import NamedTuple
 
 import imageio.v3 as iio
 import pytest
+from tensorboard.plugins.hparams import plugin_data_pb2
 
-from benchmarks.runs import run_folders, scalars
+from benchmarks.runs import read_events, run_folders, scalars
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
 from tests.launching import assert_no_process_is_left, fabric_run, hyperparameters, python, run, torchrun
 
@@ -182,6 +184,17 @@ def test_the_hyperparameters_are_logged_as_text(finished, name):
     }
     expected["share_data"] = str("--share-data" in launch.flags)
     assert expected.items() <= table.items()
+
+
+@every_launch
+def test_the_flags_are_in_a_file_and_in_the_tab_of_tensorboard_that_compares_runs(finished, name):
+    folder = run_folder(finished(name))
+    flags = json.loads((folder / "args.json").read_text())
+    assert (flags["env_id"], flags["seed"]) == (LAUNCHES[name].env_id, SEED)
+    data = read_events(folder).PluginTagToContent("hparams")
+    started = plugin_data_pb2.HParamsPluginData.FromString(data["_hparams_/session_start_info"]).session_start_info
+    assert started.hparams["env_id"].string_value == LAUNCHES[name].env_id
+    assert started.hparams["seed"].number_value == SEED
 
 
 @every_launch

@@ -1,6 +1,7 @@
 """The paperwork of a run, the same in all scripts: its folder, progress, checkpoints, means, resume and test."""
 
 import gc
+import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from rl.args import CommonArgs
 from rl.environments.collector import Collector
@@ -27,8 +29,9 @@ from rl.run.folder import choose_run_folder, hyperparameter_table
 from rl.run.progress import Progress
 from rl.run.resuming import restore_environments, restore_learner, shared_checkpoint
 from rl.seeding import Purpose
-from rl.voice import say, say_first
+from rl.voice import going_on_without, say, say_first
 
+METRICS = ("Rewards/rew_avg", "Eval/return", "Test/cumulative_reward")  # by which the tab HPARAMS compares runs
 FAR = 0.2  # an approximate KL divergence of which a line warns: updates of runs that learn stay below 0.1
 
 
@@ -91,9 +94,15 @@ class Run:
         return thing
 
     def open_log(self, writer: SummaryWriter | None) -> None:
-        """Begin the log with a table of all arguments, if this process writes it."""
+        """Begin the log with all arguments, if this process writes it: as text, for the tab HPARAMS, and in a file."""
         if writer and self.is_first:
             self.closing(writer).add_text("hyperparameters", hyperparameter_table(self.args))
+            flags = vars(self.args)
+            shown = {name: flag if isinstance(flag, bool | int | float) else str(flag) for name, flag in flags.items()}
+            for summary in hparams(shown, dict.fromkeys(METRICS, 0.0)):
+                writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]  # it has one until it is closed
+            with going_on_without("args.json"):
+                (self.folder / "args.json").write_text(json.dumps(flags, indent=2))
 
     def restore(
         self,
