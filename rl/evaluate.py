@@ -55,7 +55,9 @@ def main() -> None:
         args = replace(args, max_test_steps=options.max_steps or args.max_test_steps)
         if options.video:
             check_video(args)
-        results = evaluate(agent, args, options.episodes, options.seed, options.stochastic, options.video)
+        results = evaluate(
+            agent, args, options.episodes, options.seed, options.stochastic, options.video, progress=True
+        )
     except (ValueError, RunError) as error:
         fail(str(error))
     for name, values in zip(("return", "length"), results, strict=True):

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import sys
 import warnings
 from unittest import mock
@@ -106,8 +107,9 @@ def test_videos_are_written_one_for_each_episode_and_can_be_decoded(run_folder, 
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="comes with moviepy")
     folder = tmp_path / "videos"
     call(rl.evaluate, run_folder, "--episodes", 2, "--video", folder)
-    capsys.readouterr()
+    mean_return = float(re.search(r"mean_return=(\S+)", capsys.readouterr().out)[1])
     files = sorted(folder.glob("*.mp4"))
+    assert np.mean([float(file.stem.partition("-return-")[2]) for file in files]) == pytest.approx(mean_return, abs=0.1)
     assert len(files) == 2
     for file in files:
         frames = imageio_ffmpeg.read_frames(str(file))

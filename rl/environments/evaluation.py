@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from rl.args import CommonArgs
 from rl.environments.making import make_envs, record_first_episode, reset_envs
@@ -36,6 +37,7 @@ def evaluate(
     video_folder: Path | None = None,
     purpose: Purpose = Purpose.TEST,
     first: int = 0,
+    progress: bool = False,
 ) -> Results:
     """Run whole episodes, with the statistics of normalisation as they are.
 
@@ -52,6 +54,7 @@ def evaluate(
             episode are held in memory.
         purpose: the kind of their random streams.
         first: the number of the first episode.
+        progress: show on a terminal how many episodes have ended.
 
     Raises:
         RunError: if an environment fails, or a reward is not finite; it names the environment or the episode.
@@ -60,6 +63,7 @@ def evaluate(
     args = replace(args, env_backend="gymnasium", env_threads=1)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
     at_once = 1 if video_folder else AT_ONCE
+    bar = tqdm(total=episodes, unit=" episodes", disable=None if progress else True, leave=False)
     for done in range(0, episodes, at_once):
         running = range(first + done, first + min(done + at_once, episodes))
         record = record_first_episode(video_folder, f"test-{done}") if video_folder else None
@@ -86,6 +90,7 @@ def evaluate(
                 returns[block][first_end] = info["episode"]["r"][first_end]
                 lengths[block][first_end] = info["episode"]["l"][first_end]
                 ended |= first_end
+                bar.update(int(first_end.sum()))
             step += 1
             if step == args.max_test_steps and not ended.all():
                 endless = ~ended
@@ -94,4 +99,5 @@ def evaluate(
                 kind = f"{endless.sum()} {purpose.name.lower()} episodes"
                 say(f"{kind} had no end after {step} steps and count as they stood")
         envs.close()
+    bar.close()
     return Results(returns, lengths)

@@ -104,10 +104,23 @@ def check_video(args: EnvironmentArgs) -> None:
 
 
 class Recorder(RecordVideo):
-    """Records videos as long as the disk takes them: training does not end for one."""
+    """Records videos as long as the disk takes them: training does not end for one. Their names end with the return."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset, which ends the video of the last episode."""
+        begun = super().reset(seed=seed, options=options)
+        self.episode_return = 0.0
+        return begun
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step."""
+        step = super().step(action)
+        self.episode_return += float(step[1])
+        return step
 
     def stop_recording(self) -> None:
         """Write the video."""
+        self._video_name = f"{self._video_name}-return-{self.episode_return:.1f}"
         with going_on_without("a video"):
             super().stop_recording()
         self.recorded_frames, self.recording, self._video_name = [], False, None
