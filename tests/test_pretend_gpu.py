@@ -25,7 +25,6 @@ CASES = {
     "torch, 1 process, an image": ("train_torch.py", 1, IMAGE, ["--cuda"], 1),
     "torch, 2 processes": ("train_torch.py", 2, [*VECTOR, "--share-data"], ["--cuda"], 2),
     "fabric, 2 processes": ("train_fabric.py", 2, [], [], 2),
-    "decoupled": ("train_fabric_decoupled.py", 3, VECTOR, ["--cuda"], 2),
     "decoupled, all on GPUs": (
         "train_fabric_decoupled.py",
         2,

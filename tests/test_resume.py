@@ -13,7 +13,6 @@ from benchmarks.runs import checkpoint_path, differences, last_checkpoint, run_f
 from tests.launching import ROOT, fabric_run, python, run, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
-DDP = ("--accelerator=cpu", "--strategy=ddp")
 UPDATES = 4
 FLAGS = ["--num-envs=2", "--update-epochs=2", "--test-episodes=2", "--checkpoint-every=1", "--keep-checkpoints=9"]
 VECTOR = ["--env-id=LunarLander-v3", "--num-steps=256", "--total-timesteps=1024"]
@@ -31,10 +30,8 @@ CASES = {
         [2],
     ),
     "fabric, 1 process": (partial(python, FABRIC), IMAGE, [3]),
-    "fabric, 2 processes": (partial(fabric_run, 2, FABRIC, options=DDP), VECTOR, [2]),
     "decoupled, 1 trainer": (partial(fabric_run, 2, DECOUPLED), IMAGE, [2]),
     "decoupled, overlapping": (partial(fabric_run, 2, DECOUPLED, "--overlap"), CONTINUOUS, [2]),
-    "decoupled, 2 trainers": (partial(fabric_run, 3, DECOUPLED), CONTINUOUS, [3]),
 }
 
 
