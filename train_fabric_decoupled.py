@@ -16,8 +16,8 @@ Player and trainers begin with the same weights and exchange three messages per 
     log, checkpoint
 
 With --overlap the player collects the next rollout between 1 and 2, with weights that are one update old, as HTS-RL
-(arXiv 2012.09849) and Cleanba (arXiv 2310.00036) do. Both sides derive the number of updates from the same arguments,
-so nothing needs to say stop.
+(arXiv 2012.09849) and Cleanba (arXiv 2310.00036) do. Both sides derive the number of updates from the same arguments;
+with --stop-at all hear the mean return of each evaluation, and stop after the same one.
 """
 
 from rl.args import DecoupledArgs
