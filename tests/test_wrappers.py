@@ -11,6 +11,7 @@ from rl.environments.collector import Collector
 from rl.environments.making import make_envs, read_spaces, reset_envs
 from rl.ppo.agent import Agent
 from rl.ppo.prepare import prepare_batch
+from rl.voice import RunError
 
 LIVES, STEPS_OF_A_LIFE = 3, 4
 
@@ -61,6 +62,12 @@ def test_without_the_flag_only_the_last_life_does():
     rollout, episodes, _, _ = collect(26)
     assert rollout.dones.nonzero()[:, 0].tolist() == [11, 23]
     assert episodes.lengths == [12, 12]
+
+
+def test_an_environment_without_lives_is_refused_in_one_line():
+    args = CommonArgs(env_id="CartPole-v1", terminal_on_life_loss=True)
+    with pytest.raises(RunError, match=r"^environment 0 failed in a reset: .*--terminal-on-life-loss is for"):
+        Collector(args, 0, 1)
 
 
 def test_clipped_rewards_are_their_signs_in_what_is_learnt_alone():

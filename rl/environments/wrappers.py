@@ -35,13 +35,15 @@ class LifeLoss(gym.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, and count the lives."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self.lives = info.get("lives", 0)
+        if "lives" not in info:
+            raise ValueError("--terminal-on-life-loss is for environments that count lives, and this one does not")
+        self.lives = info["lives"]
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step, and count again."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        before, self.lives = self.lives, info.get("lives", 0)
+        before, self.lives = self.lives, info["lives"]
         return observation, reward, terminated, truncated, {**info, "life_lost": self.lives < before}
 
 
