@@ -87,7 +87,7 @@ def test_a_checkpoint_of_gpus_holds_tensors_of_the_cpu_alone(runs, name):
 def test_the_cpu_waits_for_a_gpu_once_in_a_gradient_step_and_downloads_little_in_a_rollout(runs, name):
     _, finished, _ = runs[name]
     for count in counts(finished):
-        assert count.get("waits", 0) <= UPDATES * (STEPS + 12)
+        assert count.get("waits", 0) <= UPDATES * STEPS + 8  # one more in each step would be 21
         assert count.get("downloads", 0) <= UPDATES * 100  # a rollout has 64 steps
 
 
