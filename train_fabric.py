@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import torch
 from lightning import Fabric
-from lightning.fabric.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rl.environments.collector import Collector
@@ -29,6 +28,7 @@ from rl.ppo.minibatches import minibatches
 from rl.ppo.prepare import prepare_batch
 from rl.processes.agreement import check_agreement, weights_checksum
 from rl.run.ending import start
+from rl.run.lightning_loggers import open_lightning_loggers
 from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
 from rl.voice import going_on_without
@@ -50,14 +50,13 @@ def main(args: FabricArgs) -> None:
 
     # Log: only rank 0 writes, into the folder of the run.
     run = Run(args, rank, world_size, sum_over_ranks)
-    logger = TensorBoardLogger(run.folder.parent, run.folder.name, version="", purge_step=run.purge_step)
-    run.open_log(logger.experiment)
-    fabric.loggers.append(logger)
+    fabric.loggers.extend(open_lightning_loggers(run))
 
     def log(scalars: dict[str, float], update: int) -> None:
         with going_on_without("the log"):
             fabric.log_dict(scalars, update * run.steps)
-            logger.save()
+            for logger in fabric.loggers:
+                logger.save()
 
     # Environments: no two are alike, on any rank.
     collector = run.closing(Collector(args, rank, world_size, run.train_videos))

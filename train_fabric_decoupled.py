@@ -30,7 +30,6 @@ import os
 
 import torch
 from lightning import Fabric
-from lightning.fabric.loggers import TensorBoardLogger
 from lightning.fabric.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
@@ -49,6 +48,7 @@ from rl.ppo.prepare import prepare_batch
 from rl.processes.channel import PLAYER, Channel
 from rl.processes.placement import choose_device
 from rl.run.ending import start
+from rl.run.lightning_loggers import open_lightning_loggers
 from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
 from rl.voice import going_on_without
@@ -69,14 +69,14 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     """Run the environments, send what they gave to the trainers, log, and test at the end."""
     # Log
     run = Run(args, channel.rank, channel.world_size, channel.everyone.all_reduce)
-    logger = TensorBoardLogger(run.folder.parent, run.folder.name, version="", purge_step=run.purge_step)
-    run.open_log(logger.experiment)
-    fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=logger)
+    loggers = open_lightning_loggers(run)
+    fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=loggers)
 
     def log(scalars: dict[str, float], update: int) -> None:
         with going_on_without("the log"):
             fabric.log_dict(scalars, update * run.steps)
-            logger.save()
+            for logger in loggers:
+                logger.save()
 
     # Environments
     collector = run.closing(Collector(args, channel.rank, channel.world_size, run.train_videos))

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from rl.environments.collector import Collector
 from rl.fast.gradient_step import compile_gradient_step
@@ -33,6 +32,7 @@ from rl.ppo.prepare import prepare_batch
 from rl.processes.agreement import check_agreement, weights_checksum
 from rl.processes.placement import choose_device
 from rl.run.ending import start
+from rl.run.loggers import open_loggers
 from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
 from rl.voice import going_on_without
@@ -59,15 +59,12 @@ def main(args: TorchArgs) -> None:
 
     # Log: only rank 0 writes, into the folder of the run.
     run = Run(args, rank, world_size, sum_over_ranks)
-    logger = SummaryWriter(run.folder, purge_step=run.purge_step) if rank == 0 else None
-    run.open_log(logger)
+    loggers = open_loggers(run)
 
     def log(scalars: dict[str, float], update: int) -> None:
-        if logger:
-            with going_on_without("the log"):
-                for tag, value in scalars.items():
-                    logger.add_scalar(tag, value, update * run.steps)
-                logger.flush()
+        with going_on_without("the log"):
+            for logger in loggers:
+                logger.log(scalars, update * run.steps)
 
     # Environments: no two are alike, on any rank.
     collector = run.closing(Collector(args, rank, world_size, run.train_videos))

@@ -55,3 +55,11 @@ def scalars(run_folder: Path, times: bool = True) -> dict[str, list[tuple[int, f
 def read_events(run_folder: Path) -> EventAccumulator:
     """Return all that TensorBoard shows of a run."""
     return EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+def hyperparameters(run_folder: Path) -> dict[str, str]:
+    """Return the table of the flags that TensorBoard shows of a run."""
+    (event,) = read_events(run_folder).Tensors("hyperparameters/text_summary")
+    table = event.tensor_proto.string_val[0].decode()
+    _, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines())
+    return dict(rows)

@@ -63,6 +63,8 @@ class RunArgs:
     """Episodes of an evaluation, in equal shares for all processes that run environments."""
     stop_at: Annotated[float | None, A_NUMBER] = None
     """End the run after the first evaluation with at least this mean return (with --eval-every)."""
+    logger: Annotated[tuple[Literal["tensorboard", "csv", "wandb"], ...], Bound("at least one", len)] = ("tensorboard",)
+    """Where the curves go, one or several: TensorBoard's files, metrics.csv, W&B (requirements-wandb.txt)."""
     checkpoint_every: Annotated[int, AT_LEAST_1] = 1
     """Updates from one checkpoint to the next; the run writes one more when it ends or is stopped."""
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
@@ -83,6 +85,11 @@ class EnvironmentArgs:
     """Gymnasium id of the environment."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments of the environment, as key=value pairs or JSON: gravity=-5 or '{"gravity": -5}'."""
+    wrappers: Annotated[
+        tuple[str, ...],
+        Bound("names such as module:function", lambda names: all(re.fullmatch(r"[\w.]+:[\w.]+", x) for x in names)),
+    ] = ()
+    """Wrappers to put around each environment, the innermost first: minigrid.wrappers:ImgObsWrapper."""
     env_backend: Literal["gymnasium", "envpool"] = "gymnasium"
     """Library that runs the training environments. EnvPool (requirements-envpool.txt) has fewer, and is faster."""
     env_threads: Annotated[int, AT_LEAST_1] = 1
@@ -235,8 +242,8 @@ class CommonArgs(PPOArgs, NetworkArgs, DataArgs, EnvironmentArgs, RunArgs):
             raise ValueError("--clip-rewards and --normalize-rewards exclude each other")
         if self.terminal_on_life_loss and self.normalize_rewards:
             raise ValueError("--terminal-on-life-loss goes with --clip-rewards, not with --normalize-rewards")
-        if self.env_backend == "envpool" and (self.frame_stack or self.terminal_on_life_loss):
-            raise ValueError("--frame-stack and --terminal-on-life-loss go with --env-backend gymnasium")
+        if self.env_backend == "envpool" and (self.wrappers or self.frame_stack or self.terminal_on_life_loss):
+            raise ValueError("--wrappers, --frame-stack and --terminal-on-life-loss go with --env-backend gymnasium")
         if self.env_threads > 1 and self.env_backend == "gymnasium":
             raise ValueError(
                 "--env-threads goes with --env-backend envpool: Gymnasium's environments step in one thread"

@@ -13,7 +13,6 @@ from typing import IO, Any, NamedTuple, TypeVar
 import pytest
 
 from benchmarks.launches import BIN, Launch, free_port, launched
-from benchmarks.runs import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers"
@@ -129,11 +128,3 @@ def _text(file: IO[bytes]) -> str:
 
 def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if not path.is_dir())
-
-
-def hyperparameters(run_folder: Path) -> dict[str, str]:
-    """The table of the hyperparameters that TensorBoard shows of a run."""
-    (event,) = read_events(run_folder).Tensors("hyperparameters/text_summary")
-    table = event.tensor_proto.string_val[0].decode()
-    _, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines())
-    return dict(rows)

@@ -8,7 +8,7 @@ import pytest
 from tests.launching import ROOT
 
 SCRIPTS = ("train_torch.py", "train_fabric.py")
-MOST_CHANGED_LINES, MOST_PLACES = 66, 18  # as many as there are: who adds one must want it
+MOST_CHANGED_LINES, MOST_PLACES = 60, 19  # as many as there are: who adds one must want it
 
 
 def paragraphs(script):

@@ -6,7 +6,7 @@ from zipfile import ZipFile
 import pytest
 
 from rl.args import TorchArgs
-from rl.run.folder import choose_run_folder, hyperparameter_table, is_whole, run_before_restart
+from rl.run.folder import choose_run_folder, is_whole, run_before_restart
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +92,3 @@ def test_only_the_first_process_leaves_a_note_of_the_folder(tmp_path, monkeypatc
         monkeypatch.setenv(name, "1")
     choose_run_folder(TorchArgs())
     assert run_before_restart() is None
-
-
-def test_the_table_has_a_line_for_each_argument():
-    lines = hyperparameter_table(TorchArgs(seed=7, hidden_sizes=(3, 4))).splitlines()
-    assert lines[:2] == ["| argument | value |", "| --- | --- |"]
-    assert {"| seed | 7 |", "| hidden_sizes | (3, 4) |", "| env_id | CartPole-v1 |"} <= set(lines[2:])
-    assert len(lines) == 2 + len(vars(TorchArgs()))

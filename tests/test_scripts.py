@@ -1,5 +1,6 @@
 """Each script, launched for real by each launcher, does its updates and leaves what the design promises."""
 
+import csv
 import hashlib
 import json
 import math
@@ -12,9 +13,9 @@ import imageio.v3 as iio
 import pytest
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from benchmarks.runs import read_events, run_folders, scalars
+from benchmarks.runs import hyperparameters, read_events, run_folders, scalars
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
-from tests.launching import assert_no_process_is_left, fabric_run, hyperparameters, python, run, torchrun
+from tests.launching import assert_no_process_is_left, fabric_run, python, run, torchrun
 
 TIMEOUT = 120
 SEED = 7
@@ -36,7 +37,7 @@ class Launch(NamedTuple):
 
 
 LAUNCHES = {
-    "decoupled": Launch("fabric run", 3, DECOUPLED, "--num-envs 4"),
+    "decoupled": Launch("fabric run", 3, DECOUPLED, "--num-envs 4 --logger csv tensorboard"),
     # 512 rows for 3 trainers
     "decoupled, uneven, shared": Launch("fabric run", 4, DECOUPLED, "--num-envs 4 --share-data", updates=4),
     # 513 rows for 2 trainers
@@ -48,12 +49,12 @@ LAUNCHES = {
         num_steps=513,
         notices=("--num-steps 512 rounded up to 513, the same for every environment",),
     ),
-    "fabric": Launch("fabric run", 2, FABRIC),
+    "fabric": Launch("fabric run", 2, FABRIC, "--logger csv tensorboard"),
     # One environment, and a policy that hardly learns: short episodes, so more to record and less to render.
     "fabric, alone, videos": Launch(
         "python", 1, FABRIC, "--capture-video --num-envs 1 --num-steps 128 --learning-rate 1e-6", num_steps=128
     ),
-    "torch": Launch("torchrun", 2, TORCH),
+    "torch": Launch("torchrun", 2, TORCH, "--logger csv tensorboard"),
     "torch, alone": Launch(
         "python",
         1,
@@ -195,6 +196,19 @@ def test_the_flags_are_in_a_file_and_in_the_tab_of_tensorboard_that_compares_run
     started = plugin_data_pb2.HParamsPluginData.FromString(data["_hparams_/session_start_info"]).session_start_info
     assert started.hparams["env_id"].string_value == LAUNCHES[name].env_id
     assert started.hparams["seed"].number_value == SEED
+
+
+@pytest.mark.parametrize("name", [name for name, launch in LAUNCHES.items() if "csv" in launch.flags])
+def test_the_table_holds_what_tensorboard_shows(finished, name):
+    folder = run_folder(finished(name))
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {
+        tag: [(int(row["step"]), pytest.approx(float(row[tag]))) for row in rows if row[tag]]
+        for tag in rows[0]
+        if tag != "step"
+    }
+    assert columns == scalars(folder)
 
 
 @every_launch

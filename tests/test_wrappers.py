@@ -125,8 +125,39 @@ def test_fire_is_pressed_when_a_life_begins_in_games_that_wait_for_it(game_id, p
         {"clip_rewards": True, "normalize_rewards": True},
         {"terminal_on_life_loss": True, "normalize_rewards": True},
         {"env_backend": "envpool", "frame_stack": 2},
+        {"env_backend": "envpool", "wrappers": ("a:B",)},
+        {"wrappers": ("no_function",)},
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags):
     with pytest.raises(ValueError, match=r"^--"):
         CommonArgs(**flags)
+
+
+def sees_double(env):
+    return gym.wrappers.TransformObservation(env, lambda image: 2 * image, env.observation_space)
+
+
+def test_wrappers_by_name_are_put_around_the_environment_in_their_order_and_inside_the_stack_of_frames():
+    names = (f"{__name__}:sees_double", "gymnasium.wrappers:FlattenObservation")
+    args = CommonArgs(env_id="Game-v0", wrappers=names, frame_stack=2)
+    assert read_spaces(args)[0].shape == (2, 144)
+    assert read_spaces(CommonArgs(env_id="Game-v0"))[0].shape == (8, 9, 2)
+    observations = reset_envs(make_envs(args, 1), 1, 0)
+    assert np.array_equal(observations[0, :144], 2 * np.arange(144, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_module:Wrapper", "No module named 'no_module'"),
+        ("gymnasium.wrappers:NoWrapper", "module 'gymnasium.wrappers' has no attribute 'NoWrapper'"),
+        ("gymnasium.wrappers:ClipReward", "`min_reward` and `max_reward` cannot be None"),
+        ("builtins:repr", "--wrappers builtins:repr gave no environment, but '<Order"),
+    ],
+)
+def test_a_wrapper_that_cannot_be_put_around_the_environment_is_named_in_one_line(name, reason):
+    with pytest.raises(ValueError, match="cannot make the environment Game-v0: ") as caught:
+        read_spaces(CommonArgs(env_id="Game-v0", wrappers=(name,)))
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)

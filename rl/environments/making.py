@@ -7,6 +7,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -55,12 +56,14 @@ def read_spaces(args: EnvironmentArgs) -> tuple[gym.Space, gym.Space]:
     Raises:
         ValueError: in one line, if it cannot be made or has a space that is not supported.
     """
-    return _read_spaces(args.env_id, tuple(args.env_kwargs), args.frame_stack)
+    return _read_spaces(args.env_id, tuple(args.env_kwargs), tuple(args.wrappers), args.frame_stack)
 
 
 @cache
-def _read_spaces(env_id: str, env_kwargs: tuple[str, ...], frame_stack: int | None) -> tuple[gym.Space, gym.Space]:
-    args = CommonArgs(env_id=env_id, env_kwargs=env_kwargs, frame_stack=frame_stack)
+def _read_spaces(
+    env_id: str, env_kwargs: tuple[str, ...], wrappers: tuple[str, ...], frame_stack: int | None
+) -> tuple[gym.Space, gym.Space]:
+    args = CommonArgs(env_id=env_id, env_kwargs=env_kwargs, wrappers=wrappers, frame_stack=frame_stack)
     try:
         with _make(args) as env:
             observation_space, action_space = env.observation_space, env.action_space
@@ -219,6 +222,10 @@ def _make(args: EnvironmentArgs, **kwargs: Any) -> gym.Env:
 
         register_envs()
     env = _make_atari(args.env_id, kwargs) if is_atari else gym.make(args.env_id, **kwargs)
+    for name in args.wrappers:
+        env = resolve_name(name)(env)
+        if not isinstance(env, gym.Env):
+            raise TypeError(f"--wrappers {name} gave no environment, but {env!r}")
     if args.terminal_on_life_loss:
         env = LifeLoss(env)
     frames = args.frame_stack or (4 if is_atari else 1)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -94,6 +95,8 @@ def parse(script_args: type[Args], argv: list[str] | None = None) -> Args:
         _check_memory(args, observation_space, ranks.local_world_size)
         if args.capture_video:
             check_video(args)
+        if "wandb" in args.logger and find_spec("wandb") is None:
+            raise ValueError("--logger wandb needs Weights & Biases: pip install -r requirements-wandb.txt")
         _check_log_root(args.log_root)
     except ValueError as error:
         fail(str(error))

@@ -3,7 +3,6 @@
 import os
 import re
 import time
-from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 from zipfile import BadZipFile, ZipFile
@@ -59,9 +58,3 @@ def _note_of_launch() -> Path | None:
     """Return where a launch keeps the name of its run: in the launcher's own folder, which outlives its processes."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <folder of the launch>/attempt_<n>/<local rank>/error.json
     return Path(error_file).parents[2] / "run_folder" if error_file else None
-
-
-def hyperparameter_table(args: CommonArgs) -> str:
-    """Return all arguments as a table in Markdown, which TensorBoard shows."""
-    rows = (f"| {name} | {value} |" for name, value in asdict(args).items())
-    return "\n".join(["| argument | value |", "| --- | --- |", *rows])

@@ -10,8 +10,6 @@ from typing import Protocol, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from rl.args import CommonArgs
 from rl.environments.collector import Collector
@@ -25,13 +23,12 @@ from rl.processes.gather import gather_bytes
 from rl.processes.placement import keep_to_own_cores
 from rl.run.checkpoints import Checkpoints
 from rl.run.ending import ending
-from rl.run.folder import choose_run_folder, hyperparameter_table
+from rl.run.folder import choose_run_folder
 from rl.run.progress import Progress
 from rl.run.resuming import restore_environments, restore_learner, shared_checkpoint
 from rl.seeding import Purpose
 from rl.voice import going_on_without, say, say_first
 
-METRICS = ("Rewards/rew_avg", "Eval/return", "Test/cumulative_reward")  # by which the tab HPARAMS compares runs
 FAR = 0.2  # an approximate KL divergence of which a line warns: updates of runs that learn stay below 0.1
 
 
@@ -74,6 +71,10 @@ class Run:
         self.updates_done: int = self.checkpoint["update"] if self.checkpoint else 0
         self.steps = args.steps_per_update(world_size)  # of all environments together
         self.folder = choose_run_folder(args)
+        if self.is_first:
+            with going_on_without("args.json"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "args.json").write_text(json.dumps(vars(args), indent=2))
         self.train_videos = self.folder / "train_videos" if args.capture_video and self.is_first else None
         gather = gather_bytes if args.env_processes(world_size) > 1 else None
         self.checkpoints = Checkpoints(self.folder, args, gather, self.updates_done)
@@ -92,17 +93,6 @@ class Run:
         """Return what it is given, and close that however the run ends."""
         ending.closing.callback(thing.close)
         return thing
-
-    def open_log(self, writer: SummaryWriter | None) -> None:
-        """Begin the log with all arguments, if this process writes it: as text, for the tab HPARAMS, and in a file."""
-        if writer and self.is_first:
-            self.closing(writer).add_text("hyperparameters", hyperparameter_table(self.args))
-            flags = vars(self.args)
-            shown = {name: flag if isinstance(flag, bool | int | float) else str(flag) for name, flag in flags.items()}
-            for summary in hparams(shown, dict.fromkeys(METRICS, 0.0)):
-                writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]  # it has one until it is closed
-            with going_on_without("args.json"):
-                (self.folder / "args.json").write_text(json.dumps(flags, indent=2))
 
     def restore(
         self,
