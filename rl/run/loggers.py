@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -29,8 +29,7 @@ class Logger(Protocol):
 
 def open_loggers(run: "Run") -> list[Logger]:
     """Return the loggers that `--logger` names, in the process that writes; in the others none."""
-    makers: dict[str, Callable[[Run], Logger]] = {"tensorboard": TensorBoardLog, "csv": CsvLog, "wandb": WandbLog}
-    return [run.closing(makers[name](run)) for name in run.args.logger] if run.is_first else []
+    return [run.closing(MAKERS[name](run)) for name in run.args.logger] if run.is_first else []
 
 
 class TensorBoardLog:
@@ -92,7 +91,11 @@ class WandbLog:
     def __init__(self, run: "Run") -> None:
         import wandb  # here, because it is optional
 
-        self.wandb_run = wandb.init(**wandb_arguments(run))
+        os.environ.setdefault("WANDB_SILENT", "true")
+        name = run.folder.name  # it is the id, too: a run that is resumed goes on under it
+        self.wandb_run = wandb.init(
+            project="ppo", dir=run.folder, name=name, id=name, resume="allow", config=asdict(run.args)
+        )
 
     def log(self, scalars: dict[str, float], step: int) -> None:
         """Send scalars by their names, at an environment step."""
@@ -103,14 +106,6 @@ class WandbLog:
         self.wandb_run.finish()
 
 
-def wandb_arguments(run: "Run") -> dict[str, Any]:
-    """Return what `wandb.init` is told: a run that is resumed goes on under the same id."""
-    name = run.folder.name
-    os.environ.setdefault("WANDB_SILENT", "true")
-    flags = asdict(run.args)
-    return {"project": "ppo", "dir": str(run.folder), "name": name, "id": name, "resume": "allow", "config": flags}
-
-
 def add_flags(writer: SummaryWriter, args: CommonArgs) -> None:
     """Write all flags as text, and for the tab HPARAMS, by which TensorBoard compares runs."""
     flags = asdict(args)
@@ -119,3 +114,6 @@ def add_flags(writer: SummaryWriter, args: CommonArgs) -> None:
     shown = {name: flag if isinstance(flag, bool | int | float) else str(flag) for name, flag in flags.items()}
     for summary in hparams(shown, dict.fromkeys(METRICS, 0.0)):
         writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]  # it has one until it is closed
+
+
+MAKERS: dict[str, Callable[["Run"], Logger]] = {"tensorboard": TensorBoardLog, "csv": CsvLog, "wandb": WandbLog}
