@@ -11,7 +11,7 @@ import pytest
 from benchmarks.runs import last_checkpoint, run_folders, scalars, tensors
 from tests.launching import ROOT, assert_no_process_is_left, fabric_run, python, run, torchrun
 
-TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
+TORCH, FABRIC = "train_torch.py", "train_fabric.py"
 DDP = ("--accelerator=cpu", "--strategy=ddp")
 SPACES = "--env-id=tests.spaces_env"
 # A process may have to wait until another has compiled, on a busy machine.
@@ -39,13 +39,6 @@ CASES = {
         partial(fabric_run, 2, options=DDP),
         FABRIC,
         f"{SPACES}:PictureAndVector-v0 --num-steps=64 --ent-coef=0.01 {LOOSE}",
-    ),
-    # Minibatches of 26 and 25 rows, of which the two trainers take 13 or 12.
-    "decoupled 2, shared": (
-        partial(fabric_run, 3),
-        DECOUPLED,
-        f"{SPACES}:Grid-v0 --num-steps=51 --share-data --normalize-observations --normalize-rewards "
-        f"--clip-vloss --ent-coef=0.01 {LOOSE}",
     ),
 }
 UPDATES = 2

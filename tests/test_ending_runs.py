@@ -103,7 +103,6 @@ def faulty(fault: str, rank: int = 0, index: int = 2, step: int = 40) -> list[st
 # The command, and the rank that is killed.
 KILLED = {
     "torch": (torchrun(2, TORCH, *ENDLESS), 1),
-    "fabric": (fabric_run(2, FABRIC, *ENDLESS, options=DDP), 0),
     "player": (torchrun(2, DECOUPLED, *ENDLESS), 0),
     "lead trainer": (torchrun(2, DECOUPLED, *ENDLESS), 1),
     "trainer": (fabric_run(3, DECOUPLED, *ENDLESS), 2),
@@ -376,7 +375,7 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module", params=[(TORCH, "--no-compile"), (TORCH, "--compile"), (DECOUPLED, "--no-compile")])
+@pytest.fixture(scope="module", params=[(TORCH, "--compile"), (DECOUPLED, "--no-compile")])
 def to_be_resumed(request, tmp_path_factory):
     """A script, and the folder of a run of it on two processes that lacks its last update."""
     script, compile_or_not = request.param
@@ -402,7 +401,7 @@ def test_a_process_that_repeats_its_episodes_for_long_is_waited_for_longer_than_
     assert (resumed / "checkpoints" / "update_00000004.ckpt").exists()
 
 
-@pytest.mark.parametrize("to_be_resumed", [(TORCH, "--no-compile")], indirect=True)
+@pytest.mark.parametrize("to_be_resumed", [(TORCH, "--compile")], indirect=True)
 def test_a_process_that_dies_while_another_waits_for_it_to_be_ready_is_named(to_be_resumed, tmp_path):
     def kill(launch):
         launch.wait_for("slow")

@@ -7,16 +7,14 @@ from functools import partial
 import pytest
 
 from benchmarks.runs import run_folders, scalars
-from tests.launching import ROOT, python, run, torchrun
+from tests.launching import ROOT, run, torchrun
 
 REASON = "EnvPool is optional: requirements-envpool.txt"
 
 
 ENVPOOL = ["--env-backend=envpool", "--num-steps=256", "--total-timesteps=1024", "--test-episodes=2"]
 SCRIPTS = {
-    "torch": partial(python, "train_torch.py"),
     "torch, 2 processes": partial(torchrun, 2, "train_torch.py"),
-    "fabric": partial(python, "train_fabric.py"),
     "decoupled": partial(torchrun, 2, "train_fabric_decoupled.py"),
 }
 

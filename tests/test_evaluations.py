@@ -16,7 +16,7 @@ EVALUATED = ["--eval-every=2", "--eval-episodes=3"]
 WITHOUT = ("Eval/return", "Eval/length")
 COMMANDS = {
     "torch": partial(torchrun, 2, "train_torch.py"),
-    "decoupled": partial(fabric_run, 3, "train_fabric_decoupled.py", "--overlap"),
+    "decoupled": partial(fabric_run, 2, "train_fabric_decoupled.py", "--overlap"),
 }
 
 

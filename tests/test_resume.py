@@ -279,9 +279,8 @@ def test_a_hostile_checkpoint_is_refused_in_one_line(finished_run, tmp_path, cha
     assert "Traceback" not in finished.output
 
 
-@pytest.mark.parametrize("overlap", [(), ("--overlap",)], ids=["", "overlapping"])
-def test_a_run_that_is_killed_when_all_but_its_test_is_done_only_tests_when_it_is_restarted(tmp_path, overlap):
-    flags = [*VECTOR, *FLAGS, *overlap]
+def test_a_run_that_is_killed_when_all_but_its_test_is_done_only_tests_when_it_is_restarted(tmp_path):
+    flags = [*VECTOR, *FLAGS, "--overlap"]
     expected = start(partial(torchrun, 2, DECOUPLED), flags, tmp_path / "undisturbed")
     dying = torchrun(2, "benchmarks/dying.py", str(ROOT / DECOUPLED), *flags, options=("--max-restarts=1",))
     environment = {
