@@ -1,7 +1,8 @@
 """Training speed of our scripts, of other libraries, and of the parts of an update alone.
 
     python -m benchmarks.speed                                    # ours, and stable-baselines3 if it is installed here
-    python -m benchmarks.speed --sheeprl PYTHON --torchrl PYTHON --cleanrl PYTHON --cleanrl-checkout FOLDER
+    python -m benchmarks.speed --sheeprl PYTHON --torchrl PYTHON --sbx PYTHON
+    python -m benchmarks.speed --cleanrl PYTHON --cleanrl-checkout FOLDER
 
 PYTHON is the interpreter of an environment that holds the library, FOLDER one that holds cleanrl/ppo.py.
 
@@ -53,7 +54,8 @@ OURS = {
     "train_torch.py x 2": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2", str(ROOT / "train_torch.py")],
 }
 MAIN = "train_torch.py"
-RIVALS = ("stable_baselines3", "cleanrl", "sheeprl", "torchrl")
+RIVALS = ("stable_baselines3", "cleanrl", "sheeprl", "torchrl")  # in PyTorch
+SBX = "sbx"  # its update is compiled by JAX
 STARTS = (MAIN, "train_fabric.py")  # whose start is measured, too: without compilation
 START_SETTING = ("LunarLander-v3", "B")
 PARTS = ("environment", "policy", "gradient", "all_reduce")
@@ -73,6 +75,8 @@ class Options:
     """Interpreter that has SheepRL."""
     torchrl: Path | None = None
     """Interpreter that has TorchRL."""
+    sbx: Path | None = None
+    """Interpreter that has SBX."""
     cleanrl: Path | None = None
     """Interpreter that has what CleanRL's ppo.py needs."""
     cleanrl_checkout: Path | None = None
@@ -177,6 +181,7 @@ def contestants(options: Options) -> dict[str, Callable[[str, str], dict[str, fl
         ("cleanrl", options.cleanrl, f"--checkout={(options.cleanrl_checkout or Path()).absolute()}", "--gymnasium"),
         ("sheeprl", options.sheeprl),
         ("torchrl", options.torchrl, "--compile"),
+        (SBX, options.sbx),
     ):
         if python:
             runs[name] = lambda *setting, name=name, python=python, flags=flags: run_rival(
@@ -218,6 +223,7 @@ class Table:
         self.repeats = sorted({result["repeat"] for result in results})
         self.names = list(dict.fromkeys(result["name"] for result in results))
         self.rivals = [name for name in self.names if name in RIVALS]
+        self.sbx = [name for name in self.names if name == SBX]
 
     def values(self, setting: tuple[str, str], name: str, what: str = "steps_per_second") -> list[float]:
         """Return a value of each repeat."""
@@ -230,13 +236,18 @@ class Table:
     def print(self) -> None:
         """Print the tables in Markdown."""
         settings = list(product(ENV_IDS, CONFIGS))
-        _print_row("steps/s", *self.rivals, MAIN, "ratio to the best", "its parts alone", "share of it")
-        _print_row(*["---"] * (len(self.rivals) + 5))
+        header = ["steps/s", *self.rivals, *self.sbx, MAIN]
+        header += ["ratio to the best in PyTorch"] * bool(self.rivals) + [f"ratio to {name}" for name in self.sbx]
+        header += ["its parts alone", "share of it"]
+        _print_row(*header)
+        _print_row(*["---"] * len(header))
         for setting in settings:
             ours, limit = self.values(setting, MAIN), self.values(setting, "parts alone")
-            ratio = f"{_ratio(ours, self.best_rival(setting)):.1f}" if self.rivals else ""
-            medians = [f"{median(self.values(setting, name)):,.0f}" for name in (*self.rivals, MAIN)]
-            _print_row(", ".join(setting), *medians, ratio, f"{median(limit):,.0f}", f"{_ratio(ours, limit):.2f}")
+            others = [self.best_rival(setting)] if self.rivals else []
+            others += [self.values(setting, name) for name in self.sbx]
+            ratios = [f"{_ratio(ours, other):.1f}" for other in others]
+            medians = [f"{median(self.values(setting, name)):,.0f}" for name in (*self.rivals, *self.sbx, MAIN)]
+            _print_row(", ".join(setting), *medians, *ratios, f"{median(limit):,.0f}", f"{_ratio(ours, limit):.2f}")
         print()
         _print_row("steps/s", *OURS, "overlap / one process", "parts of two alone", "share of it")
         _print_row(*["---"] * (len(OURS) + 4))
@@ -250,7 +261,7 @@ class Table:
         print()
         _print_row("", "seconds to the first update", "megabytes")
         _print_row(*["---"] * 3)
-        for name in (*self.rivals, *(f"{name} --no-compile" for name in STARTS)):
+        for name in (*self.rivals, *self.sbx, *(f"{name} --no-compile" for name in STARTS)):
             seconds, memory = (median(self.values(START_SETTING, name, what)) for what in ("first_update", "memory"))
             _print_row(name, f"{seconds:.1f}", f"{memory:.0f}")
         print()
@@ -281,10 +292,10 @@ def draw(table: Table, path: Path) -> None:
 
     settings = list(product(ENV_IDS, CONFIGS))
     figure, axes = pyplot.subplots(1, len(settings), figsize=(12, 3), layout="constrained")
-    names = [*table.rivals, MAIN, "decoupled --overlap", "parts alone"]
+    names = [*table.rivals, *table.sbx, MAIN, "decoupled --overlap", "parts alone"]
     for axis, setting in zip(axes, settings, strict=True):
         speeds = [median(table.values(setting, name)) for name in names]
-        colors = ["0.7"] * len(table.rivals) + ["tab:blue", "tab:cyan", "0.9"]
+        colors = ["0.7"] * len(table.rivals + table.sbx) + ["tab:blue", "tab:cyan", "0.9"]
         bars = axis.barh(names, speeds, color=colors)
         axis.bar_label(bars, [f" {value:,.0f}" for value in speeds], fontsize=8)
         axis.set(title=f"{setting[0]}, {setting[1]}", xlim=(0, max(speeds) * 1.3), xticks=[])
