@@ -161,9 +161,7 @@ def trainer(args: DecoupledArgs, channel: Channel, device: torch.device) -> None
 
     # Compile: in a long run C++ or one graph stands in for the step above. From here on the wrapped agent, the backward
     # pass, clipping and the optimizer run only when that proves itself against them, or if it cannot.
-    gradient_step = compile_gradient_step(
-        gradient_step, agent, optimizer, args, run.steps, channel.trainers.all_reduce, num_trainers
-    )
+    gradient_step = compile_gradient_step(gradient_step, agent, optimizer, args, run.steps, channel.trainers.group)
 
     # Loop over updates
     for update in run.updates():

@@ -91,7 +91,7 @@ def main(args: TorchArgs) -> None:
 
     # Compile: in a long run C++ or one graph stands in for the step above. From here on the wrapped agent, the backward
     # pass, clipping and the optimizer run only when that proves itself against them, or if it cannot.
-    gradient_step = compile_gradient_step(gradient_step, agent, optimizer, args, run.steps, sum_over_ranks, world_size)
+    gradient_step = compile_gradient_step(gradient_step, agent, optimizer, args, run.steps)
 
     # Loop over updates
     for update in run.updates():

@@ -78,9 +78,7 @@ def main(options: Options) -> None:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     minibatch = random_minibatch(agent, options.minibatch_size)
     shown = make_gradient_step(agent, optimizer, args)
-    step = compile_gradient_step(
-        shown, agent, optimizer, args, options.minibatch_size, lambda tensor: tensor, world_size=1
-    )
+    step = compile_gradient_step(shown, agent, optimizer, args, options.minibatch_size)
     parts: dict[str, tuple[Callable[[int], object], int]] = {  # and how often an update calls them
         "gymnasium": (lambda t: gymnasiums.step(random_actions[t]), ROLLOUT_LENGTH),
         "ours": (lambda t: ours.step(random_actions[t]), ROLLOUT_LENGTH),

@@ -32,13 +32,6 @@ REPEATS = 101
 ROWS = (64, 128, 256)
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Add up a tensor over the processes, if there are several."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def make_gradient_step(agent: Agent, optimizer: torch.optim.Optimizer, args: CommonArgs) -> GradientStep:
     """Return the gradient step of train_torch.py; over all processes, if the process group has several."""
     wrapped = DistributedDataParallel(agent) if dist.is_initialized() and dist.get_world_size() > 1 else agent
@@ -90,7 +83,7 @@ def main() -> None:
         eager = seconds(lambda: shown(minibatch, rows))  # noqa: B023 (called at once)
         start = time.perf_counter()
         num_rows = rows * ranks.world_size
-        step = compile_gradient_step(shown, agent, optimizer, args, num_rows, sum_over_ranks, ranks.world_size)
+        step = compile_gradient_step(shown, agent, optimizer, args, num_rows)
         compiling = time.perf_counter() - start
         step(minibatch, rows)
         if not isinstance(step, ProvenStep) or not step.is_proven:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from benchmarks.compiling import make_gradient_step, random_minibatch, sum_over_ranks
+from benchmarks.compiling import make_gradient_step, random_minibatch
 from benchmarks.raw import keep
 from rl.args import CommonArgs
 from rl.fast.gradient_step import compile_gradient_step
@@ -30,14 +30,15 @@ ROWS = (64, 256, 1024, 4096)
 UNITS = (64, 256, 512)  # of each hidden layer
 
 
-def make_step(units: int, rows: int, processes: int) -> Callable[[], Tensor]:
+def make_step(units: int, rows: int, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     """Return a gradient step of one or of two processes on a minibatch of `rows` rows in all."""
+    processes = dist.get_world_size(group)
     args = CommonArgs(compile=True, hidden_sizes=(units, units), per_rank_batch_size=rows // processes)
     agent = Agent(Box(-1, 1, (8,)), Discrete(4), args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     minibatch = random_minibatch(agent, rows // processes)
     shown = make_gradient_step(agent, optimizer, args)
-    step = compile_gradient_step(shown, agent, optimizer, args, rows, sum_over_ranks, processes)
+    step = compile_gradient_step(shown, agent, optimizer, args, rows, group)
     return lambda: step.fast(minibatch, minibatch.num_rows)  # without the proofs, for which all processes meet
 
 
@@ -56,23 +57,24 @@ def main() -> None:
     dist.init_process_group("shared")
     keep_to_own_cores()
     is_first = dist.get_rank() == 0
+    alone, both = dist.new_subgroups(1)[0], dist.group.WORLD
     if is_first:
         print("| rows of the minibatch | units of each layer | one process, µs | two, µs | one / two |")
         print("| --- | --- | --- | --- | --- |")
     raw = []
     for rows, units in product(ROWS, UNITS):
         torch.compiler.reset()
-        one, two = make_step(units, rows, 1), make_step(units, rows, 2)
+        one, two = make_step(units, rows, alone), make_step(units, rows, both)
         pairs = []
         for _ in range(REPEATS):
-            alone = torch.tensor(microseconds(one) if is_first else 0.0)  # the other one waits
-            dist.broadcast(alone, 0)
+            first = torch.tensor(microseconds(one) if is_first else 0.0)  # the other one waits
+            dist.broadcast(first, 0)
             dist.barrier()
-            pairs.append((alone.item(), microseconds(two)))
-        raw += [{"rows": rows, "units": units, "one_us": alone, "two_us": together} for alone, together in pairs]
+            pairs.append((first.item(), microseconds(two)))
+        raw += [{"rows": rows, "units": units, "one_us": one_us, "two_us": two_us} for one_us, two_us in pairs]
         medians = (f"{median(times):,.0f}" for times in zip(*pairs, strict=True))
         if is_first:
-            ratio = median(alone / together for alone, together in pairs)
+            ratio = median(one_us / two_us for one_us, two_us in pairs)
             print(f"| {rows} | {units} |", " | ".join(medians), f"| {ratio:.2f} |", flush=True)
     if is_first:
         keep("second_process", raw)

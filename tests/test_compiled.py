@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from torch import nn
 
@@ -28,10 +29,6 @@ CASES = {
     ),
     "many choices": CommonArgs(env_id="tests.spaces_env:Grid-v0", hidden_sizes=(16,)),
 }
-
-
-def alone(tensor):
-    return tensor
 
 
 class Learner:
@@ -56,10 +53,9 @@ class Learner:
         self.optimizer.step()
         return torch.stack(losses).detach()
 
-    def compiled_step(self, rows, sum_over_ranks=alone, world_size=1):
-        return compile_gradient_step(
-            self.plain_step, self.agent, self.optimizer, self.args, rows * world_size, sum_over_ranks, world_size
-        )
+    def compiled_step(self, rows, group=None):
+        num_rows = rows * (2 if group else 1)
+        return compile_gradient_step(self.plain_step, self.agent, self.optimizer, self.args, num_rows, group)
 
     def minibatch(self, rows, seed=0):
         """Rows in which ratios and values leave their bounds, though not all of them."""
@@ -89,6 +85,14 @@ def without_traced(monkeypatch):
 @pytest.fixture(autouse=True)
 def forget_what_was_compiled():
     torch.compiler.reset()
+
+
+@pytest.fixture
+def groups_of_two(monkeypatch):
+    """A group of two processes is a function here, which returns the sum of a tensor and the other's."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: tensor.copy_(group(tensor)))
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -173,7 +177,7 @@ def test_in_cpp_it_takes_the_same_steps(name, dtype, monkeypatch):
     assert 0 < (native.weights() - plain.weights()).norm() < (1e-9 if exact else 1e-3) * moved
 
 
-def test_several_processes_take_a_step_with_the_mean_of_their_gradients(monkeypatch):
+def test_several_processes_take_a_step_with_the_mean_of_their_gradients(monkeypatch, groups_of_two):
     without_traced(monkeypatch)
     learners = [Learner(CommonArgs(hidden_sizes=(8,)), (VECTOR, Discrete(3))) for _ in range(3)]
     plain, *ranks = learners
@@ -188,16 +192,16 @@ def test_several_processes_take_a_step_with_the_mean_of_their_gradients(monkeypa
     def second_sum(tensor):
         return tensor + gradients[-1] if len(tensor) > 1 else tensor
 
-    steps = [rank.compiled_step(10, total, 2) for rank, total in zip(ranks, (first_sum, second_sum), strict=True)]
+    steps = [rank.compiled_step(10, total) for rank, total in zip(ranks, (first_sum, second_sum), strict=True)]
     losses = [step.fast(half, 10) for step, half in zip(steps, halves, strict=True)]
     whole = plain.plain_step(minibatch, 20)
     assert_alike(torch.stack(losses).mean(0), whole)
     assert_alike(ranks[1].weights(), plain.weights())
 
 
-def test_where_another_process_compiles_otherwise_none_goes_on_with_it(capsys):
+def test_where_another_process_compiles_otherwise_none_goes_on_with_it(capsys, groups_of_two):
     learner, other = (Learner(CommonArgs(hidden_sizes=(8,)), (VECTOR, Discrete(3))) for _ in range(2))
-    step, minibatch = learner.compiled_step(16, lambda flag: flag + 1, world_size=2), other.minibatch(16)
+    step, minibatch = learner.compiled_step(16, lambda flag: flag + 1), other.minibatch(16)
     for _ in range(2):
         assert torch.equal(step(minibatch, 16), other.plain_step(minibatch, 16))
     assert torch.equal(learner.weights(), other.weights())
@@ -321,7 +325,7 @@ def test_an_edit_of_the_gradient_step_takes_effect_and_one_line_says_that_nothin
 
     shown, other = (partial(gradient_step, *pair) for pair in zip(agents, optimizers, strict=True))
     minibatch = Learner(args, dtype=torch.float32).minibatch(32)
-    step = compile_gradient_step(shown, agents[0], optimizers[0], args, 32, alone, 1)
+    step = compile_gradient_step(shown, agents[0], optimizers[0], args, 32)
     for _ in range(3):
         torch.testing.assert_close(step(minibatch, 32), other(minibatch, 32), rtol=1e-4, atol=1e-6)
     weights = [torch.cat([parameter.flatten() for parameter in agent.parameters()]) for agent in agents]

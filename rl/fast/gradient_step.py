@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -36,8 +37,7 @@ def compile_gradient_step(
     optimizer: Optimizer,
     args: CommonArgs,
     num_rows: int,
-    sum_over_ranks: Callable[[Tensor], Tensor],
-    world_size: int,
+    process_group: Any = None,
 ) -> GradientStep:
     """Return what stands in for `shown`, the gradient step of a script, as long as it does the same (`ProvenStep`).
 
@@ -53,9 +53,9 @@ def compile_gradient_step(
         optimizer: of the agent's parameters; it must not load another state afterwards.
         args: of the run.
         num_rows: rows of an update, over all ranks that optimize.
-        sum_over_ranks: adds up a tensor over these ranks.
-        world_size: the number of these ranks.
+        process_group: these ranks; without it all.
     """
+    world_size = dist.get_world_size(process_group) if dist.is_initialized() else 1
     if not args.compiles(num_rows, world_size):
         return shown
     optimizer = getattr(optimizer, "optimizer", optimizer)  # without what Fabric wraps around it
@@ -67,6 +67,12 @@ def compile_gradient_step(
         return shown
     say_first("compiling", "compiling the gradient step (--no-compile starts at once and is slower)")
     flat = FlatAdam.of(agent, optimizer)
+
+    def sum_over_ranks(tensor: Tensor) -> Tensor:
+        if world_size > 1:
+            dist.all_reduce(tensor, group=process_group)
+        return tensor
+
     average = (lambda gradient: sum_over_ranks(gradient) / world_size) if world_size > 1 else None
 
     def is_on_any_rank(holds: bool) -> bool:
