@@ -21,7 +21,7 @@ from benchmarks.runs import run_folders, scalars
 from benchmarks.speed import BIN, ROOT, run
 
 STEPS, ENVS, ROWS = 2048, 4, 128
-WARM_UP, UPDATES = 10, 60
+WARM_UP, UPDATES = 10, 40
 FABRIC, DECOUPLED = str(ROOT / "train_fabric.py"), str(ROOT / "train_fabric_decoupled.py")
 COUPLED = (str(BIN / "fabric"), "run", "--accelerator=cpu", "--strategy=ddp")
 APART = (str(BIN / "fabric"), "run")
