@@ -1,5 +1,8 @@
 """A trained agent acts as the evaluation has it act."""
 
+import json
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from rl.run.checkpoints import Checkpoints
 from rl.run.ending import Ending
 from rl.seeding import Purpose, stream_seed
 from rl.trained import TrainedAgent
+
+ROOT = Path(__file__).parents[1]
 
 
 def trained(folder, monkeypatch, **flags):
@@ -44,6 +49,18 @@ def test_an_episode_of_its_greedy_actions_has_the_return_of_the_evaluation(env_i
         episode_return += reward
         ended = terminated or truncated
     assert episode_return == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_notebook_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    trained(tmp_path / "logs" / "torch_logs" / "RUN", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in json.loads((ROOT / "docs" / "trained_agent.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    episode_return, _ = capsys.readouterr().out.splitlines()
+    assert float(episode_return) == names["episode_return"] >= 8
+    assert len(names["actions"]) == len(names["values"]) == 1000
 
 
 def test_a_batch_of_observations_gives_the_action_of_each(tmp_path, monkeypatch):
