@@ -2,6 +2,7 @@
 
     python -m benchmarks.learning                                     # whatever the file of results lacks
     python -m benchmarks.learning --entries pendulum --seeds 1 2 3
+    python -m benchmarks.learning --commands "train_torch.py --env-id Acrobot-v1" "train_torch.py --preset acrobot"
     python -m benchmarks.learning --entries --figure assets/learning.svg    # only what is there: tables and figure
 
 Each run trains one seed, then tests 100 greedy episodes, whose seeds no training has. As many runs as there are cores
@@ -12,6 +13,7 @@ the file of results lacks. The runs' folders stay in benchmarks/runs.
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -32,11 +34,12 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from rl.args import TorchArgs
 from rl.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-RUNS = ROOT / "benchmarks" / "runs"
+RUNS, RESULTS = ROOT / "benchmarks" / "runs", ROOT / "benchmarks" / "learning.jsonl"
 WINDOW = 100  # training episodes over which a learning curve is averaged
 EPISODES = 100  # of a test
 TEST_SEED = 10_000  # and the run's seed: of a test
@@ -118,14 +121,26 @@ class Options:
 
     entries: tuple[Literal[tuple(ENTRIES)], ...] = tuple(ENTRIES)
     """What is run: presets, commands of the README, stable-baselines3."""
+    commands: tuple[str, ...] = ()
+    """Commands of your own to run instead, each in quotes, without --seed; their results go to sweep.jsonl."""
     seeds: tuple[int, ...] = tuple(range(1, 11))
     """Seeds of the runs."""
     jobs: int = os.cpu_count() or 1
     """Processes that work at once."""
-    results: Path = ROOT / "benchmarks" / "learning.jsonl"
-    """File of results; what it holds is not run again."""
+    results: Path | None = None
+    """File of results; what it holds is not run again. By default benchmarks/learning.jsonl."""
     figure: Path | None = None
     """File of a figure to draw, for example assets/learning.svg (needs matplotlib)."""
+
+
+def own_entry(command: str) -> Entry:
+    """Return what is run for a command of the user's: a script, alone or after `torchrun` or `fabric run`."""
+    words = shlex.split(command)
+    given = dict(pairwise(re.split(r"[ =]", command)))
+    env_id = PRESETS[given["--preset"]].flags["env_id"] if "--preset" in given else TorchArgs.env_id
+    processes = given.get("--nproc_per_node") or given.get("--devices") or "1"
+    start = [sys.executable] if words[0].startswith("train_") else [str(BIN / words.pop(0))]
+    return Entry(given.get("--env-id", env_id), [*start, *words], int(processes))
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -134,7 +149,7 @@ def run(command: list[str], folder: Path) -> str:
     Raises:
         RuntimeError: if it fails.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -164,10 +179,18 @@ def learning_curve(log: Path, start: float) -> list[tuple[int, float, float]]:
     return curve
 
 
+def reward_threshold(env_id: str) -> float | None:
+    """Return the mean return from which on an environment counts as solved, if it says so."""
+    try:
+        return gym.spec(env_id).reward_threshold
+    except Exception:  # an id that is retired, or of a module that only the run finds
+        return None
+
+
 def train(name: str, seed: int, port: int) -> dict[str, Any]:
     """Train and test one seed, and return the result."""
     entry = ENTRIES[name]
-    folder = RUNS / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
+    folder = RUNS / re.sub(r"[^\w.=-]+", "_", name)[:200] / f"seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     folder.mkdir(parents=True)
     command = [str(ROOT / part) if part.startswith("train_") else part for part in entry.command]
@@ -196,7 +219,7 @@ def train(name: str, seed: int, port: int) -> dict[str, Any]:
             "largest_kl": max(event.value for event in scalars.Scalars("Info/approx_kl")),
         }
     curve = [(steps, round(seconds, 1), round(mean, 2)) for steps, seconds, mean in result["curve"]]
-    threshold = gym.spec(entry.env_id).reward_threshold
+    threshold = reward_threshold(entry.env_id)
     solved = next((point for point in curve if threshold is not None and point[2] >= threshold), None)
     return {
         "entry": name,
@@ -209,11 +232,9 @@ def train(name: str, seed: int, port: int) -> dict[str, Any]:
     }
 
 
-def measure(options: Options) -> list[dict[str, Any]]:
-    """Run what the file of results does not hold yet, and return all results."""
-    results = (
-        [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
-    )
+def measure(options: Options, path: Path) -> list[dict[str, Any]]:
+    """Run what a file of results does not hold yet, and return all results."""
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {(result["entry"], result["seed"]) for result in results}
     missing = [(name, seed) for seed in options.seeds for name in options.entries if (name, seed) not in known]
     missing.sort(key=lambda job: ENTRIES[job[0]].processes)
@@ -221,7 +242,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
         for processes, jobs in groupby(missing, key=lambda job: ENTRIES[job[0]].processes):
             for result in _side_by_side(list(jobs), max(1, options.jobs // processes)):
                 results.append(result)
-                with options.results.open("a") as file:
+                with path.open("a") as file:
                     file.write(json.dumps(result) + "\n")
                 bar.set_postfix_str(f"{result['entry']}, seed {result['seed']}: {result['mean_return']:.1f}")
                 bar.update()
@@ -329,7 +350,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main(options: Options) -> None:
     """Measure, print and draw."""
-    results = measure(options)
+    if options.commands:
+        ENTRIES.update({command: own_entry(command) for command in options.commands})
+    options.entries = options.commands or options.entries
+    options.results = options.results or (Path("sweep.jsonl") if options.commands else RESULTS)
+    results = measure(options, options.results)
     print_table(results)
     if options.figure:
         draw(results, options.figure)

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.learning import interquartile_mean, learning_curve
+from benchmarks.learning import interquartile_mean, learning_curve, own_entry
 
 
 def test_the_interquartile_mean_is_that_of_the_middle_half_and_lies_in_its_interval():
@@ -28,3 +28,20 @@ def test_a_learning_curve_averages_the_last_100_episodes_weighted_by_their_numbe
         (4000, 4.0, pytest.approx((60 * 1 + 60 * 4 + 30 * 10) / 150)),
         (5000, 5.0, pytest.approx(20)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "env_id", "program", "processes"),
+    [
+        ("train_torch.py", "CartPole-v1", "python", 1),
+        ("train_torch.py --preset acrobot --gamma=0.9", "Acrobot-v1", "python", 1),
+        ("fabric run --devices=3 train_fabric_decoupled.py --env-id=Pendulum-v1", "Pendulum-v1", "fabric", 3),
+        ("torchrun --nproc_per_node 2 train_torch.py --env-id Pendulum-v1", "Pendulum-v1", "torchrun", 2),
+    ],
+)
+def test_a_command_of_the_users_is_run_as_it_stands(command, env_id, program, processes):
+    entry = own_entry(command)
+    assert (entry.env_id, entry.processes) == (env_id, processes)
+    start, *rest = entry.command
+    assert start.rpartition("/")[2].startswith(program)
+    assert f"{program} {' '.join(rest)}" == (command if program != "python" else f"python {command}")
