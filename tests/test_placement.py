@@ -1,12 +1,15 @@
 """Each process has a device, and computes on cores of its own."""
 
 import os
+from threading import Thread
 
 import pytest
 import torch
-from torch.distributed import Backend
+import torch.distributed as dist
+from torch.distributed import Backend, HashStore
 
-from rl.processes.placement import choose_device, keep_to_own_cores
+from rl.processes import placement
+from rl.processes.placement import choose_device, compute_in_float32, keep_to_own_cores
 from rl.voice import RunError
 
 
@@ -17,11 +20,15 @@ def launch(monkeypatch, rank, local_rank, world_size, local_world_size):
         monkeypatch.setenv(name, str(value))
 
 
+current = []  # the GPUs that processes made their own
+
+
 def see_gpus(monkeypatch, number):
     """Pretend that PyTorch sees some GPUs; None if it was made for none."""
     device = None if number is None else torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: number)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
 
 
 @pytest.fixture
@@ -30,6 +37,7 @@ def placed(monkeypatch):
 
     def place(num_gpus, machines, **apart):
         see_gpus(monkeypatch, num_gpus)
+        monkeypatch.setattr(placement, "_holds_anywhere", lambda holds, world_size: holds)
         devices, backends, first = [], [], 0
         for processes in machines:
             here = []
@@ -55,6 +63,7 @@ def test_without_the_flag_all_compute_on_the_cpu_however_many_gpus_there_are(mon
 
 def test_each_process_has_a_gpu_of_its_own_on_every_machine(placed):
     assert placed(2, [2, 2]) == ([["cuda:0", "cuda:1"]] * 2, ["nccl", "nccl"])
+    assert current[-4:] == [0, 1, 0, 1]
     assert placed(4, [3]) == ([["cuda:0", "cuda:1", "cuda:2"]], ["nccl"])
 
 
@@ -63,6 +72,26 @@ def test_processes_that_outnumber_the_gpus_share_them_through_gloo_and_the_first
     assert capsys.readouterr().err == "5 processes share 2 GPUs: they talk through gloo, not NCCL\n"
     placed(1, [2])
     assert "2 processes share 1 GPU:" in capsys.readouterr().err
+
+
+def test_machines_with_fewer_gpus_than_others_decide_for_all(monkeypatch):
+    """Two machines of two processes, the second with one GPU."""
+    store, heard = HashStore(), {}
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, None, None)]))
+
+    def tell(rank):
+        heard[rank] = placement._holds_anywhere(rank >= 2, 4)
+
+    threads = [Thread(target=tell, args=(rank,)) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert heard == dict.fromkeys(range(4), True)
+    see_gpus(monkeypatch, 2)
+    launch(monkeypatch, 0, 0, 4, 2)
+    monkeypatch.setattr(placement, "_holds_anywhere", lambda holds, world_size: True)
+    assert choose_device(True) == (torch.device("cuda:0"), "gloo")
 
 
 def test_a_player_stays_on_the_cpu_and_takes_no_gpu_from_the_trainers(placed, capsys):
@@ -140,3 +169,12 @@ def test_without_the_system_call_nothing_happens(monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     launch(monkeypatch, 0, 0, 2, 2)
     keep_to_own_cores()
+
+
+def test_a_gpu_rounds_to_float32_as_the_cpu_does(monkeypatch):
+    for name in ("allow_tf32", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    compute_in_float32()
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32  # PyTorch's default
+    assert torch.backends.cudnn.deterministic

@@ -3,7 +3,8 @@
 import os
 
 import torch
-from torch.distributed import Backend
+import torch.distributed as dist
+from torch.distributed import Backend, PrefixStore
 
 from rl.processes.ranks import read_ranks
 from rl.voice import RunError, say
@@ -13,7 +14,7 @@ def choose_device(cuda: bool, apart: int = 0, apart_on_gpu: bool = False) -> tup
     """Return the device of this process, and the backend for those that share its kind of device.
 
     On the CPU that is PyTorch's default, which `use_shared_memory` changes. NCCL wants a GPU for each process; where
-    several share one, or there is only one process, they talk through gloo.
+    several share one, on any machine, or there is only one process, all talk through gloo.
 
     Args:
         cuda: whether GPUs are used at all.
@@ -37,11 +38,25 @@ def choose_device(cuda: bool, apart: int = 0, apart_on_gpu: bool = False) -> tup
     shares = members_here > num_gpus
     if shares:
         say(f"{members_here} processes share {num_gpus} GPU{'s' * (num_gpus > 1)}: they talk through gloo, not NCCL")
+    if not apart and ranks.world_size > ranks.local_world_size:  # where some are apart, the `Channel` asks
+        shares = _holds_anywhere(shares, ranks.world_size)
     backend = "gloo" if shares or ranks.world_size == 1 else Backend.default_device_backend_map[kind]
     if is_apart and not apart_on_gpu:
         return torch.device("cpu"), backend
     place = members_here + ranks.local_rank if is_apart else ranks.local_rank - apart_here
+    torch.accelerator.set_device_index(place % num_gpus)
     return torch.device(kind, place % num_gpus), backend
+
+
+def _holds_anywhere(holds: bool, world_size: int) -> bool:
+    """Return whether something holds on any rank; they hear it through the store by which they will meet."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = PrefixStore("holds", store)
+    store.add("ranks", int(holds))
+    if store.add("told", 1) == world_size:
+        store.set("all", "")
+    store.wait(["all"])
+    return store.add("ranks", 0) > 0
 
 
 def keep_to_own_cores() -> None:
@@ -58,3 +73,9 @@ def keep_to_own_cores() -> None:
     share = len(cores) // ranks.local_world_size
     first = ranks.local_rank * share if share else ranks.local_rank % len(cores)
     os.sched_setaffinity(0, cores[first : first + max(share, 1)])
+
+
+def compute_in_float32() -> None:
+    """Let GPUs convolve in float32, and the same way in each run; cuDNN would round to TF32, and choose by the clock."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True

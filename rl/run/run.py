@@ -20,7 +20,7 @@ from rl.ppo.distributions import DiagonalGaussian
 from rl.ppo.metrics import name_means, sum_episodes
 from rl.ppo.minibatches import almost_equal_sizes
 from rl.processes.gather import gather_bytes
-from rl.processes.placement import keep_to_own_cores
+from rl.processes.placement import compute_in_float32, keep_to_own_cores
 from rl.run.checkpoints import Checkpoints
 from rl.run.ending import ending
 from rl.run.folder import choose_run_folder
@@ -65,6 +65,7 @@ class Run:
             # Fabric's process group would wait for half an hour.
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.timeout))
         keep_to_own_cores()
+        compute_in_float32()
         self.args, self.rank, self.world_size, self.is_first = args, rank, world_size, rank == 0
         self.sum_over_ranks = sum_over_ranks
         self.checkpoint = shared_checkpoint(args)
