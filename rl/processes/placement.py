@@ -76,6 +76,6 @@ def keep_to_own_cores() -> None:
 
 
 def compute_in_float32() -> None:
-    """Let GPUs convolve in float32, and the same way in each run; cuDNN would round to TF32, and choose by the clock."""
+    """Let GPUs convolve in float32 and alike in each run; cuDNN would round to TF32, and choose by the clock."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
