@@ -34,6 +34,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from benchmarks.figures import make_figure, save_figure
 from rl.args import TorchArgs
 from rl.presets import PRESETS
 
@@ -322,13 +323,7 @@ def _seconds(seconds: float) -> str:
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Draw the learning curves against steps and against seconds: each seed thin, their interquartile mean thick."""
-    import matplotlib  # here, because only the figure needs it
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "learning"  # the same file for the same numbers
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(CURVES), 2, figsize=(10, 3 * len(CURVES)), layout="constrained")
+    figure, axes = make_figure(len(CURVES), 2, (10, 3 * len(CURVES)))
     for row, (env_id, names) in zip(axes, CURVES.items(), strict=True):
         for column, unit in enumerate(("environment steps", "seconds, start and compilation included")):
             axis = row[column]
@@ -340,12 +335,18 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                     axis.plot(curve[:, column], curve[:, 2], color=color, linewidth=0.4, alpha=0.5)
                 grid = np.linspace(max(c[0, column] for c in curves), min(c[-1, column] for c in curves), 100)
                 returns = [np.interp(grid, curve[:, column], curve[:, 2]) for curve in curves]
-                axis.plot(grid, middle_mean(np.transpose(returns)), color=color, linewidth=2, label=name)
+                axis.plot(
+                    grid,
+                    middle_mean(np.transpose(returns)),
+                    color=color,
+                    linewidth=2,
+                    label=name if "stable" in name else f"ours, {name}",
+                )
             axis.axhline(gym.spec(env_id).reward_threshold, color="0.8", linewidth=0.8, zorder=0)
             axis.set(xlabel=unit, xlim=(0, None), ylabel=f"{env_id}\nreturn" if column == 0 else None)
             axis.spines[["top", "right"]].set_visible(False)
         row[0].legend(fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def main(options: Options) -> None:

@@ -32,6 +32,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from benchmarks.figures import make_figure, save_figure
 from benchmarks.rivals import NUM_ENVS, ROLLOUT_LENGTH, STEPS_PER_UPDATE
 
 ROOT = Path(__file__).parents[1]
@@ -284,19 +285,14 @@ def _print_row(*cells: str) -> None:
 
 def draw(table: Table, path: Path) -> None:
     """Draw the steps per second of everybody, setting by setting."""
-    import matplotlib  # here, because only the figure needs it
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "speed"  # the same file for the same numbers
-    from matplotlib import pyplot
-
     settings = list(product(ENV_IDS, CONFIGS))
-    figure, axes = pyplot.subplots(1, len(settings), figsize=(12, 3), layout="constrained")
+    figure, axes = make_figure(1, len(settings), (12, 3))
     names = [*table.rivals, *table.sbx, MAIN, "decoupled --overlap", "parts alone"]
+    labels = [f"ours, {name}" if name in OURS else name for name in names]
     for axis, setting in zip(axes, settings, strict=True):
         speeds = [median(table.values(setting, name)) for name in names]
-        colors = ["0.7"] * len(table.rivals + table.sbx) + ["tab:blue", "tab:cyan", "0.9"]
-        bars = axis.barh(names, speeds, color=colors)
+        colors = ["0.7"] * len(table.rivals + table.sbx) + ["tab:blue", "tab:cyan", "0.5"]
+        bars = axis.barh(labels, speeds, color=colors)
         axis.bar_label(bars, [f" {value:,.0f}" for value in speeds], fontsize=8)
         axis.set(title=f"{setting[0]}, {setting[1]}", xlim=(0, max(speeds) * 1.3), xticks=[])
         axis.invert_yaxis()
@@ -304,7 +300,7 @@ def draw(table: Table, path: Path) -> None:
         if axis is not axes[0]:
             axis.set_yticks([])
     figure.supxlabel("environment steps per second of training", fontsize=10)
-    figure.savefig(path, metadata={"Date": None})
+    save_figure(figure, path)
 
 
 def main(options: Options) -> None:
