@@ -7,6 +7,7 @@ import shlex
 import subprocess
 
 import pytest
+from packaging.requirements import Requirement
 
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
 from rl.run.command_line import parse
@@ -113,3 +114,11 @@ def test_the_file_tree_names_every_file_of_the_suite():
         if file.name != "__init__.py":
             in_wing = rf"^{file.parent.relative_to(ROOT)}/ .*\n(    .*\n)*    {file.name} "
             assert re.search(in_wing, README, re.MULTILINE), file
+
+
+def test_an_older_python_is_answered_by_the_first_line_of_the_requirements():
+    requirement = Requirement((ROOT / "requirements.txt").read_text().splitlines()[0].partition("  #")[0])
+    versions = ("3.9", "3.10", "3.11", "3.12", "3.13")
+    needed = [requirement.marker.evaluate({"python_version": version}) for version in versions]
+    assert needed == [True, True, False, False, False]
+    assert "Python-3.11-or-newer" in requirement.url
