@@ -57,6 +57,7 @@ def test_the_flags_of_a_training_command_parse(command, tmp_path, monkeypatch):
         ("envpool", "envpool"),
         ("HalfCheetah", "mujoco"),
         ("MinAtar", "minatar"),
+        ("minigrid", "minigrid"),
     ):
         if flag in flags:
             pytest.importorskip(package, reason=f"{package} is optional")

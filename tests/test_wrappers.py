@@ -11,6 +11,7 @@ from rl.environments.collector import Collector
 from rl.environments.making import make_envs, read_spaces, reset_envs
 from rl.ppo.agent import Agent
 from rl.ppo.prepare import prepare_batch
+from rl.spaces import is_image
 from rl.voice import RunError
 
 LIVES, STEPS_OF_A_LIFE = 3, 4
@@ -161,3 +162,12 @@ def test_a_wrapper_that_cannot_be_put_around_the_environment_is_named_in_one_lin
         read_spaces(CommonArgs(env_id="Game-v0", wrappers=(name,)))
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_of_minigrid_the_picture_alone_is_learnt_from_where_a_wrapper_says_so():
+    pytest.importorskip("minigrid", reason="MiniGrid is optional: requirements-minigrid.txt")
+    env_id = "minigrid:MiniGrid-Empty-5x5-v0"
+    picture, _ = read_spaces(CommonArgs(env_id=env_id, wrappers=("minigrid.wrappers:ImgObsWrapper",)))
+    assert is_image(picture) and picture.shape == (7, 7, 3)
+    with pytest.raises(ValueError, match=r"the observation space .* is not supported"):
+        read_spaces(CommonArgs(env_id=env_id))
