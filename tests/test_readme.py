@@ -42,7 +42,7 @@ def test_the_readme_has_the_commands_that_the_suite_promises():
         assert command in COMMANDS
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if any(script in c for script in SCRIPTS)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if any(script in c for script in SCRIPTS) and " -m " not in c])
 def test_the_flags_of_a_training_command_parse(command, tmp_path, monkeypatch):
     command = re.sub(r"--resume \S+", "", command)  # tests/test_resume.py resumes real runs
     launcher, script, flags = re.fullmatch(r"(.*?)(\w+\.py)(.*)", command).groups()
@@ -92,7 +92,7 @@ def test_a_module_that_a_command_runs_exists(command):
 
 @pytest.mark.parametrize(("sign", "script"), [("-", "train_torch.py"), ("+", "train_fabric.py")])
 def test_the_lines_of_the_diff_blocks_are_those_of_the_scripts(sign, script):
-    blocks = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     shown = [line[1:] for block in blocks for line in block.splitlines() if line.startswith(sign)]
     assert len(shown) >= 8
     assert [line for line in shown if line not in (ROOT / script).read_text().splitlines()] == []
