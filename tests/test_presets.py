@@ -2,6 +2,7 @@
 
 import re
 
+import gymnasium as gym
 import pytest
 
 from rl.args import DecoupledArgs, FabricArgs, TorchArgs
@@ -29,6 +30,8 @@ def test_a_flag_equal_to_the_scripts_default_wins_over_a_preset_too():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_whole_updates_in_one_process_and_says_what_it_reaches(name, capsys):
+    if "mujoco" in str(gym.spec(PRESETS[name].flags["env_id"]).entry_point):
+        pytest.importorskip("mujoco", reason="MuJoCo is optional: requirements-mujoco.txt")
     args = parse(TorchArgs, ["--preset", name])
     assert args.num_steps % args.num_envs == 0
     assert args.num_updates >= 10
