@@ -1,9 +1,7 @@
 """SBX's PPO: stable-baselines3 with the update in JAX."""
 
 import sys
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[2])  # not this folder: its files have the names of the libraries
@@ -11,52 +9,9 @@ if __name__ == "__main__":
 from importlib.metadata import version
 
 from sbx import PPO
-from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks import rivals
-
-
-class ReportingPPO(PPO):
-    """PPO that reports each update."""
-
-    def __init__(self, *args: Any, report: rivals.Report, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._report = report
-
-    def train(self) -> None:
-        """Optimize on a rollout."""
-        super().train()
-        self._report.update()
-
-
-def main(args: Namespace) -> None:
-    """Train."""
-    report = rivals.Report()
-    envs = make_vec_env(
-        args.env_id,
-        n_envs=rivals.NUM_ENVS,
-        seed=args.seed,
-        env_kwargs={"render_mode": None},  # its default, "rgb_array", slows LunarLander
-    )
-    ppo = ReportingPPO(
-        "MlpPolicy",
-        envs,
-        learning_rate=args.learning_rate,
-        n_steps=rivals.ROLLOUT_LENGTH,
-        batch_size=args.minibatch_size,
-        n_epochs=args.epochs,
-        gamma=rivals.GAMMA,
-        gae_lambda=rivals.GAE_LAMBDA,
-        clip_range=rivals.CLIP,
-        ent_coef=0.0,
-        max_grad_norm=rivals.MAX_GRAD_NORM,
-        policy_kwargs={"net_arch": list(rivals.HIDDEN_SIZES)},  # of each, actor and critic
-        seed=args.seed,
-        report=report,
-    )
-    ppo.learn(args.updates * rivals.STEPS_PER_UPDATE)
-    report.end(args, version("sbx-rl"))
-
+from benchmarks.rivals.stable_baselines3 import train
 
 if __name__ == "__main__":
-    main(rivals.make_parser(__doc__).parse_args())
+    train(PPO, rivals.make_parser(__doc__).parse_args(), version("sbx-rl"))

@@ -16,21 +16,17 @@ from stable_baselines3.common.env_util import make_vec_env
 from benchmarks import rivals
 
 
-class ReportingPPO(PPO):
-    """PPO that reports each update."""
+def train(library: Any, args: Namespace, version: str, **settings: Any) -> None:
+    """Train with the PPO of stable-baselines3, or one of its make."""
 
-    def __init__(self, *args: Any, report: rivals.Report, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._report = report
+    class ReportingPPO(library):
+        """PPO that reports each update."""
 
-    def train(self) -> None:
-        """Optimize on a rollout."""
-        super().train()
-        self._report.update()
+        def train(self) -> None:
+            """Optimize on a rollout."""
+            super().train()
+            report.update()
 
-
-def main(args: Namespace) -> None:
-    """Train."""
     report = rivals.Report()
     torch.set_num_threads(1)
     envs = make_vec_env(
@@ -53,12 +49,11 @@ def main(args: Namespace) -> None:
         max_grad_norm=rivals.MAX_GRAD_NORM,
         policy_kwargs={"net_arch": list(rivals.HIDDEN_SIZES)},  # of each, actor and critic
         seed=args.seed,
-        device="cpu",
-        report=report,
+        **settings,
     )
     ppo.learn(args.updates * rivals.STEPS_PER_UPDATE)
-    report.end(args, stable_baselines3.__version__)
+    report.end(args, version)
 
 
 if __name__ == "__main__":
-    main(rivals.make_parser(__doc__).parse_args())
+    train(PPO, rivals.make_parser(__doc__).parse_args(), stable_baselines3.__version__, device="cpu")
