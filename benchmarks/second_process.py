@@ -25,7 +25,7 @@ from rl.ppo.agent import Agent
 from rl.processes.placement import keep_to_own_cores
 
 REPEATS = 7
-STEPS = 100
+MOST_STEPS, LEAST_STEPS = 100, 4  # of a measurement; large steps need no mean of many
 ROWS = (64, 256, 1024, 4096)
 UNITS = (64, 256, 512)  # of each hidden layer
 
@@ -42,12 +42,12 @@ def make_step(units: int, rows: int, group: dist.ProcessGroup) -> Callable[[], T
     return lambda: step.fast(minibatch, minibatch.num_rows)  # without the proofs, for which all processes meet
 
 
-def microseconds(step: Callable[[], Tensor]) -> float:
-    """Return how long a step takes, the mean over STEPS steps."""
+def microseconds(step: Callable[[], Tensor], steps: int) -> float:
+    """Return how long a step takes, the mean over so many steps."""
     start = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
-    return (time.perf_counter() - start) / STEPS * 1e6
+    return (time.perf_counter() - start) / steps * 1e6
 
 
 def main() -> None:
@@ -65,12 +65,13 @@ def main() -> None:
     for rows, units in product(ROWS, UNITS):
         torch.compiler.reset()
         one, two = make_step(units, rows, alone), make_step(units, rows, both)
+        steps = max(LEAST_STEPS, min(MOST_STEPS, 2**23 // (rows * units)))
         pairs = []
         for _ in range(REPEATS):
-            first = torch.tensor(microseconds(one) if is_first else 0.0)  # the other one waits
+            first = torch.tensor(microseconds(one, steps) if is_first else 0.0)  # the other one waits
             dist.broadcast(first, 0)
             dist.barrier()
-            pairs.append((first.item(), microseconds(two)))
+            pairs.append((first.item(), microseconds(two, steps)))
         raw += [{"rows": rows, "units": units, "one_us": one_us, "two_us": two_us} for one_us, two_us in pairs]
         medians = (f"{median(times):,.0f}" for times in zip(*pairs, strict=True))
         if is_first:

@@ -8,6 +8,7 @@ the CPU waited for it.
 
 import os
 from collections import Counter
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,14 @@ class Pretend(torch.Tensor):
 
     def __init__(self, held):
         self.held = held
+
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, value):
+        self.held = value.held
 
     def numpy(self, *args, **kwargs):
         raise MixedDevices("numpy() of a tensor on the GPU")
@@ -176,3 +185,16 @@ def install():
     dist.init_process_group = lambda *args, device_id=None, **kwargs: init_process_group(*args, **kwargs)
     torch.__future__.set_swap_module_params_on_conversion(True)  # an optimizer knows the parameters already
     Mode().__enter__()
+
+
+def do_not_compile():
+    """Let `torch.compile` return what it is given, which takes the ways that it takes when it is compiled."""
+
+    def compile(function, **_):
+        def call(*args):
+            with mock.patch("torch.compiler.is_compiling", return_value=True):
+                return function(*args)
+
+        return call
+
+    torch.compile = compile

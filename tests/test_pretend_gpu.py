@@ -91,6 +91,20 @@ def test_the_cpu_waits_for_a_gpu_once_in_a_gradient_step_and_downloads_little_in
         assert count.get("downloads", 0) <= UPDATES * 100  # a rollout has 64 steps
 
 
+def test_the_cpu_does_not_wait_for_a_gpu_in_a_compiled_gradient_step(tmp_path):
+    env = {"SCRIPT": str(ROOT / "train_torch.py"), "PRETEND_GPUS": "1"}
+
+    def waits(epochs):
+        flags = [*IMAGE, f"--update-epochs={epochs}", "--compile", "--cuda"]
+        _, finished = launch("train_torch.py", 1, flags, tmp_path / str(epochs), WORKER, env)
+        assert "compiling" in finished.output and "without compilation" not in finished.output
+        return counts(finished)[0]["waits"]
+
+    with ThreadPoolExecutor(2) as pool:
+        few, many = pool.map(waits, (1, 5))
+    assert few == many  # those of the first step, which proves itself
+
+
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses(tmp_path):
     program = """
 import torch

@@ -14,13 +14,14 @@ from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import ppo_loss
 
-OPTIONS: dict[str, Any] = {
+# Of all that a graph was compiled for, only the shapes of tensors change during a run, so only they are checked.
+OPTIONS: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+ON_CPU = OPTIONS | {
     "cpp_wrapper": True,
     "cpp_cache_precompile_headers": False,  # to look for them costs a second, and there is little to compile
     "cpp.vec_isa_ok": True,  # what the processor can do is known; to try it would start a process that imports torch
-    # Of all that a graph was compiled for, only the shapes of tensors change during a run, so only they are checked.
-    "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
 }
+ON_GPU = OPTIONS | {"triton.cudagraphs": True}  # all kernels of a step in one launch; a wrapper in C++ wants a toolkit
 
 
 def make_traced_step(
@@ -44,7 +45,11 @@ def make_traced_step(
     """
     group = flat.group
     beta1, beta2 = group["betas"]
-    learning_rate = torch.zeros(1, dtype=torch.float64, device=flat.state.weights.device)  # a scalar is traced twice
+    device = flat.state.weights.device
+    learning_rate = torch.zeros(1, dtype=torch.float64, device=device)  # a scalar is traced twice
+    divisor = torch.zeros((), device=device)
+    for tensor in (*flat.state, learning_rate, divisor) if device.type != "cpu" else ():
+        torch._dynamo.mark_static_address(tensor)  # a CUDA graph reads and writes them in their place
 
     def loss(weights: Tensor, minibatch: Batch, mean_rows: Tensor) -> tuple[Tensor, Tensor]:
         pieces = zip(flat.named.items(), weights.split(flat.sizes), strict=True)
@@ -65,6 +70,7 @@ def make_traced_step(
         adam(
             *([weights], [clipped], [exp_avg], [exp_avg_sq], [], [step]),
             foreach=False,
+            capturable=device.type != "cpu",  # so that no number is read from the GPU
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -81,25 +87,26 @@ def make_traced_step(
         return descend(gradients, weights, *state), losses
 
     compiled_gradient, compiled_descend, compiled_whole = (
-        torch.compile(function, dynamic=False, fullgraph=True, options=OPTIONS)
+        torch.compile(function, dynamic=False, fullgraph=True, options=ON_CPU if device.type == "cpu" else ON_GPU)
         for function in (gradient, descend, whole)
     )
 
     @torch.no_grad()
-    def take_step(
-        minibatch: Batch, mean_rows: float, average: Callable[[Tensor], Tensor] | None, weights: Tensor, *state: Tensor
+    def step(
+        minibatch: Batch, mean_rows: float, average: Callable[[Tensor], Tensor] | None = average
     ) -> tuple[Tensor, Tensor]:
-        divisor = torch.tensor(mean_rows, device=weights.device)
-        if average is None:
-            return compiled_whole(minibatch, divisor, weights, *state)
-        gradients, losses = compiled_gradient(weights, minibatch, divisor)
-        return compiled_descend(average(gradients), weights, *state), losses
-
-    def step(minibatch: Batch, mean_rows: float) -> tuple[Tensor, Tensor]:
         learning_rate.fill_(group["lr"])
-        return take_step(minibatch, mean_rows, average, *flat.state, learning_rate)
+        divisor.fill_(mean_rows)
+        if average is None:
+            return compiled_whole(minibatch, divisor, *flat.state, learning_rate)
+        gradients, losses = compiled_gradient(flat.state.weights, minibatch, divisor)
+        return compiled_descend(average(gradients), *flat.state, learning_rate), losses
 
+    # Compile now, for the minibatches that will come.
+    before = [tensor.clone() for tensor in flat.state]
     for size in sizes:
-        copies = (tensor.clone() for tensor in (*flat.state, learning_rate))
-        take_step(Batch.zeros(size, agent), 1.0, average and (lambda gradients: gradients), *copies)
+        step(Batch.zeros(size, agent), 1.0, average and (lambda gradients: gradients))  # no other process is here yet
+    with torch.no_grad():
+        for tensor, value in zip(flat.state, before, strict=True):
+            tensor.copy_(value)
     return step

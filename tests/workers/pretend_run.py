@@ -11,6 +11,7 @@ import sys
 from tests import pretend_gpu
 
 pretend_gpu.install()
+pretend_gpu.do_not_compile()
 atexit.register(lambda: print("counted", dict(pretend_gpu.COUNTS), file=sys.stderr))
 sys.argv[0] = os.environ["SCRIPT"]
 runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
