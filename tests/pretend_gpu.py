@@ -172,17 +172,45 @@ def made_on_the_cpu(make):
     return made
 
 
+def pretend_nccl():
+    """Let gloo stand in for NCCL, which takes no tensor that is not on a GPU."""
+    Backend.default_device_backend_map[NAME] = "nccl"
+    init_process_group, new_group, get_backend = dist.init_process_group, dist.new_group, dist.get_backend
+    groups = set()
+
+    def init(backend=None, *args, device_id=None, **kwargs):
+        init_process_group("gloo" if backend == "nccl" else backend, *args, **kwargs)
+        if backend == "nccl":
+            groups.add(dist.group.WORLD)
+
+    def new(*args, backend=None, **kwargs):
+        group = new_group(*args, backend="gloo" if backend == "nccl" else backend, **kwargs)
+        if backend == "nccl":
+            groups.add(group)
+        return group
+
+    def checked(message):
+        def send(*args, group=None, **kwargs):
+            if (group or dist.group.WORLD) in groups and not isinstance(args[0], Pretend):
+                raise MixedDevices("a tensor of the CPU in a message of NCCL")
+            return message(*args, group=group, **kwargs)
+
+        return send
+
+    dist.init_process_group, dist.new_group = init, new
+    dist.get_backend = lambda group=None: "nccl" if (group or dist.group.WORLD) in groups else get_backend(group)
+    for name in ("all_reduce", "broadcast", "all_gather_single", "send", "recv"):
+        setattr(dist, name, checked(getattr(dist, name)))
+
+
 def install():
-    """Make it the accelerator of PyTorch and one of Fabric's; its processes talk through gloo."""
+    """Make it the accelerator of PyTorch and one of Fabric's."""
     _setup_privateuseone_for_python_backend(NAME, Module())
     ACCELERATOR_REGISTRY.register(NAME, PretendAccelerator)
-    Backend.default_device_backend_map[NAME] = "gloo"
+    pretend_nccl()
     torch.tensor = made_on_the_cpu(torch.tensor)
     Pretend.new_tensor = made_on_the_cpu(torch.Tensor.new_tensor)
     DDPStrategy._determine_ddp_device_ids = lambda self: None  # else it asks CUDA for a stream
-    init_process_group = dist.init_process_group
-    # With a device, PyTorch would ask the backend of that device, which gloo is not.
-    dist.init_process_group = lambda *args, device_id=None, **kwargs: init_process_group(*args, **kwargs)
     torch.__future__.set_swap_module_params_on_conversion(True)  # an optimizer knows the parameters already
     Mode().__enter__()
 

@@ -7,11 +7,8 @@ from torch import Tensor
 
 def message_device() -> torch.device:
     """Return the device from which the processes send to each other: with NCCL their GPU, else the CPU."""
-    if dist.get_backend() != "nccl":
-        return torch.device("cpu")
-    world = dist.group.WORLD
-    bound = world.bound_device_id if world is not None else None
-    return bound or torch.device("cuda")  # the GPU that the script named, or that Fabric has made the current one
+    gpu = torch.accelerator.current_accelerator()  # that is, the current one of its kind, which each process has chosen
+    return gpu if gpu and dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def gather_bytes(packed: Tensor) -> list[Tensor]:
