@@ -23,6 +23,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 
 from benchmarks.compiling import make_gradient_step
+from benchmarks.raw import keep
 from rl.args import CommonArgs
 from rl.fast.flat import FastStep, FlatAdam
 from rl.fast.native import make_native_step
@@ -139,6 +140,14 @@ def main() -> None:
                     if not np.allclose(losses, ours, rtol=1e-4, atol=1e-5):
                         raise RuntimeError(f"JAX computes other losses: {losses}, not {ours}")
             rounds.append(times)
+    keep(
+        "gradient_step",
+        [
+            {"round": number, "name": name, "rows": rows, "us": us}
+            for number, times in enumerate(rounds)
+            for (name, rows), us in times.items()
+        ],
+    )
     names = list(dict.fromkeys(name for name, _ in rounds[0]))
     print("| rows |", *(f"{name}, µs |" for name in names), *(f"C++ / {name} |" for name in names if name != "C++"))
     print("|" + " --- |" * (2 * len(names)))

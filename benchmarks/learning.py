@@ -86,6 +86,9 @@ ENTRIES = {name: _preset(name) for name in PRESETS} | {
         [*FABRIC, "--devices=2", "train_fabric_decoupled.py", "--overlap", "--preset", "lunar-lander"],
         2,
     ),
+    "LunarLander, EnvPool": Entry(
+        "LunarLander-v3", [sys.executable, "train_torch.py", "--preset", "lunar-lander", "--env-backend", "envpool"]
+    ),
     "CartPole, stable-baselines3": _stable_baselines3("CartPole-v1", "published"),
     "LunarLander, stable-baselines3": _stable_baselines3("LunarLander-v3", "published"),
     "LunarLander, stable-baselines3, our settings": _stable_baselines3("LunarLander-v3", "ours"),
