@@ -103,6 +103,8 @@ CURVES = {  # what is drawn together, and in which colour
         "LunarLander, stable-baselines3": "0.45",
         "LunarLander, stable-baselines3, our settings": "tab:orange",
     },
+    "HalfCheetah-v5": {"half-cheetah": "tab:blue", "HalfCheetah, stable-baselines3": "0.45"},
+    "Hopper-v5": {"hopper": "tab:blue", "Hopper, stable-baselines3": "0.45"},
 }
 # Results of RL Baselines3 Zoo, benchmark.md, and the steps that they took, one seed each
 PUBLISHED = {
@@ -127,7 +129,7 @@ class Options:
     """What is run: presets, commands of the README, stable-baselines3."""
     commands: tuple[str, ...] = ()
     """Commands of your own to run instead, each in quotes, without --seed; their results go to sweep.jsonl."""
-    seeds: tuple[int, ...] = tuple(range(1, 11))
+    seeds: tuple[int, ...] = tuple(range(2001, 2011))
     """Seeds of the runs."""
     jobs: int = os.cpu_count() or 1
     """Processes that work at once."""
