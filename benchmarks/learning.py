@@ -72,7 +72,7 @@ TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone"]
 LUNAR_LANDER = shlex.split(
     "--env-id LunarLander-v2 --total-timesteps 500000 --ortho-init --num-envs 2 --num-steps 2048"
 )
-ENTRIES = {name: _preset(name) for name in PRESETS} | {
+ENTRIES = {name: _preset(name) for name in PRESETS if name != "atari"} | {  # that one takes nights
     # The commands of the README, with the scripts' defaults
     "train_torch.py x 2": Entry("CartPole-v1", [*TORCHRUN, "train_torch.py"], 2),
     "train_fabric.py x 2": Entry("CartPole-v1", [*COUPLED, "train_fabric.py"], 2),
