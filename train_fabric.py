@@ -111,7 +111,7 @@ def main(args: FabricArgs) -> None:
 
         # Log, evaluate and checkpoint: means over all ranks, so all decide alike whether the run goes on.
         sums = sum_over_ranks(sum_up(episodes, batch, losses))
-        log(run.means(update, agent, sums) | run.evaluate(update, agent), update)
+        log(run.means(update, agent, optimizer, sums) | run.evaluate(update, agent), update)
         run.end_update(update, agent, optimizer, collector)
         del rollout, batch, minibatch  # the next rollout needs the memory
 

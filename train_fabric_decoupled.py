@@ -120,7 +120,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
 
         # Log, evaluate and checkpoint: the trainers hear the mean return, so all decide alike whether the run goes on.
         staleness = {"Info/staleness": int(update > 1)} if args.overlap else {}  # updates that the policy was behind
-        log(run.means(update, agent, sums) | staleness | run.evaluate(update, agent), update)
+        log(run.means(update, agent, optimizer, sums) | staleness | run.evaluate(update, agent), update)
         run.end_update(update, agent, optimizer, collector, acting_weights)
 
     # Test: greedy episodes.

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks.runs import last_checkpoint, run_folders
+from benchmarks.runs import last_checkpoint, run_folders, scalars
 from tests.launching import ROOT, python, run
 
 EXAMPLES = dict(
@@ -65,3 +65,5 @@ def test_an_example_applies_trains_and_takes_effect(name, unchanged, tmp_path):
     settings = changed["optimizer"]["param_groups"][0]
     assert ("betas" in settings) == (name != "optimizer")
     assert (settings["lr"] in (1e-3, 5e-4)) == (name != "variant of the algorithm")
+    logged = scalars(run_folders(tmp_path)[0])["Info/learning_rate"]
+    assert logged[-1][1] == pytest.approx(settings["lr"])

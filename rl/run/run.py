@@ -140,19 +140,20 @@ class Run:
             yield ending.update
             self.updates_done = ending.update
 
-    def means(self, update: int, agent: Agent, sums: Tensor) -> dict[str, float]:
+    def means(self, update: int, agent: Agent, optimizer: Optimizer, sums: Tensor) -> dict[str, float]:
         """Return what is logged of an update. Where no episode ended, the last mean return stands.
 
         Args:
             update: its number.
             agent: the plain one, after the update.
+            optimizer: with the learning rate of the update.
             sums: over all ranks, see `sum_up`.
 
         Raises:
             RunError: if a loss is NaN or infinite.
         """
         self.scalars |= name_means(sums)
-        self.scalars["Info/learning_rate"] = self.args.learning_rate_at(update)
+        self.scalars["Info/learning_rate"] = optimizer.param_groups[0]["lr"]
         self.clock, before = time.perf_counter(), self.clock
         self.scalars["Time/step_per_second"] = self.steps / (self.clock - before)
         if isinstance(agent.distribution, DiagonalGaussian):
