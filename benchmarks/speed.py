@@ -2,9 +2,10 @@
 
     python -m benchmarks.speed                                    # ours, and stable-baselines3 if it is installed here
     python -m benchmarks.speed --sheeprl PYTHON --torchrl PYTHON --sbx PYTHON
-    python -m benchmarks.speed --cleanrl PYTHON --cleanrl-checkout FOLDER
+    python -m benchmarks.speed --cleanrl PYTHON --cleanrl-checkout FOLDER --purejaxrl PYTHON --purejaxrl-checkout FOLDER
 
-PYTHON is the interpreter of an environment that holds the library, FOLDER one that holds cleanrl/ppo.py.
+PYTHON is the interpreter of an environment that holds the library, FOLDER one that holds cleanrl/ppo.py or
+purejaxrl/ppo.py.
 
 All do the same work: 8 environments, 2048 steps per update in all, networks of 64-64, one thread per process, and
 minibatches of 64 rows in 10 epochs (A) or of 256 rows in 4 epochs (B). Each repeat runs everything once, so that what
@@ -57,6 +58,8 @@ OURS = {
 MAIN = "train_torch.py"
 RIVALS = ("stable_baselines3", "cleanrl", "sheeprl", "torchrl")  # in PyTorch
 SBX = "sbx"  # its update is compiled by JAX
+PUREJAXRL = "purejaxrl"  # its environment, too, so there is no other than this one:
+PUREJAXRL_ENV = "CartPole-v1"
 STARTS = (MAIN, "train_fabric.py")  # whose start is measured, too: without compilation
 START_SETTING = ("LunarLander-v3", "B")
 PARTS = ("environment", "policy", "gradient", "all_reduce")
@@ -82,6 +85,10 @@ class Options:
     """Interpreter that has what CleanRL's ppo.py needs."""
     cleanrl_checkout: Path | None = None
     """Folder that holds cleanrl/ppo.py."""
+    purejaxrl: Path | None = None
+    """Interpreter that has what PureJaxRL's ppo.py needs: distrax, flax, optax, gymnax below 1."""
+    purejaxrl_checkout: Path | None = None
+    """Folder that holds purejaxrl/ppo.py."""
     results: Path = Path("benchmarks/speed.jsonl")
     """File of results; without it everything is measured anew."""
     figure: Path | None = None
@@ -183,6 +190,7 @@ def contestants(options: Options) -> dict[str, Callable[[str, str], dict[str, fl
         ("sheeprl", options.sheeprl),
         ("torchrl", options.torchrl, "--compile"),
         (SBX, options.sbx),
+        (PUREJAXRL, options.purejaxrl, f"--checkout={(options.purejaxrl_checkout or Path()).absolute()}"),
     ):
         if python:
             runs[name] = lambda *setting, name=name, python=python, flags=flags: run_rival(
@@ -206,6 +214,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     known = {(result["repeat"], result["env_id"], result["config"], result["name"]) for result in results}
     jobs = [job for job in product(range(options.repeats), ENV_IDS, CONFIGS, runs) if job not in known]
     jobs = [job for job in jobs if not job[-1].endswith("--no-compile") or job[1:3] == START_SETTING]
+    jobs = [job for job in jobs if job[-1] != PUREJAXRL or job[1] == PUREJAXRL_ENV]
     for repeat, env_id, config, name in tqdm(jobs, unit="run"):
         result = {"repeat": repeat, "env_id": env_id, "config": config, "name": name} | runs[name](env_id, config)
         results.append(result)
@@ -249,6 +258,12 @@ class Table:
             ratios = [f"{_ratio(ours, other):.1f}" for other in others]
             medians = [f"{median(self.values(setting, name)):,.0f}" for name in (*self.rivals, *self.sbx, MAIN)]
             _print_row(", ".join(setting), *medians, *ratios, f"{median(limit):,.0f}", f"{_ratio(ours, limit):.2f}")
+        if PUREJAXRL in self.names:
+            print()
+            _print_row("steps/s", f"{PUREJAXRL}, whose environment is compiled", MAIN)
+            _print_row(*["---"] * 3)
+            for setting in product((PUREJAXRL_ENV,), CONFIGS):
+                _print_row(", ".join(setting), *(f"{median(self.values(setting, x)):,.0f}" for x in (PUREJAXRL, MAIN)))
         print()
         _print_row("steps/s", *OURS, "overlap / one process", "parts of two alone", "share of it")
         _print_row(*["---"] * (len(OURS) + 4))
