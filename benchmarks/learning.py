@@ -104,7 +104,6 @@ CURVES = {  # what is drawn together, and in which colour
         "LunarLander, stable-baselines3, our settings": "tab:orange",
     },
     "HalfCheetah-v5": {"half-cheetah": "tab:blue", "HalfCheetah, stable-baselines3": "0.45"},
-    "Hopper-v5": {"hopper": "tab:blue", "Hopper, stable-baselines3": "0.45"},
 }
 # Results of RL Baselines3 Zoo, benchmark.md, and the steps that they took, one seed each
 PUBLISHED = {

@@ -28,7 +28,7 @@ MUJOCO = {
 
 PRESETS = {
     "cartpole": Preset(
-        {"env_id": "CartPole-v1"}, "a return of 500.0 after 98,304 steps (interquartile mean of 6 seeds)"
+        {"env_id": "CartPole-v1"}, "a return of 500.0 after 98,304 steps (interquartile mean of 11 seeds)"
     ),
     "acrobot": Preset(
         {
@@ -40,7 +40,7 @@ PRESETS = {
             "gae_lambda": 0.95,
         }
         | NORMALIZED,
-        "a return of -70.4 after 299,008 steps (mean of 2 seeds, on which it was tuned)",
+        "a return of -75.0 after 299,008 steps (interquartile mean of 10 seeds)",
     ),
     "mountain-car": Preset(
         {
@@ -52,7 +52,7 @@ PRESETS = {
             "ent_coef": 0.01,
         }
         | NORMALIZED,
-        "a return of -98.5 after 999,424 steps (one seed, on which it was tuned)",
+        "a return of -98.0 after 999,424 steps (interquartile mean of 10 seeds)",
     ),
     "mountain-car-continuous": Preset(
         {
@@ -84,7 +84,7 @@ PRESETS = {
             "per_rank_batch_size": 128,
             "ortho_init": True,
         },
-        "a return of 278.3 after 499,712 steps (interquartile mean of 6 seeds)",
+        "a return of 277.2 after 499,712 steps (interquartile mean of 11 seeds)",
     ),
     "lunar-lander-continuous": Preset(
         {
@@ -129,15 +129,15 @@ PRESETS = {
     ),
     "half-cheetah": Preset(
         {"env_id": "HalfCheetah-v5"} | MUJOCO,
-        "a return of 6,345 after 999,424 steps (one seed, on which it was tuned)",
+        "a return of 6,165 after 999,424 steps (interquartile mean of 5 seeds)",
     ),
     "hopper": Preset(
         {"env_id": "Hopper-v5"} | MUJOCO,
-        "a return of 3,096 after 999,424 steps (one seed, on which it was tuned)",
+        "a return of 2,999 after 999,424 steps (interquartile mean of 5 seeds)",
     ),
     "walker2d": Preset(
         {"env_id": "Walker2d-v5"} | MUJOCO,
-        "a return of 5,442 after 999,424 steps (one seed, on which it was tuned)",
+        "a return of 4,199 after 999,424 steps (interquartile mean of 5 seeds)",
     ),
     "inverted-double-pendulum": Preset(
         {"env_id": "InvertedDoublePendulum-v5"} | MUJOCO,
