@@ -330,14 +330,16 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = make_figure(len(CURVES), 2, (10, 3 * len(CURVES)))
     for row, (env_id, names) in zip(axes, CURVES.items(), strict=True):
         for column, unit in enumerate(("environment steps", "seconds, start and compilation included")):
-            axis = row[column]
+            axis, ends = row[column], []
             for name, color in names.items():
                 curves = [np.array(result["curve"]) for result in results if result["entry"] == name]
                 if not curves:
                     continue
                 for curve in curves:
                     axis.plot(curve[:, column], curve[:, 2], color=color, linewidth=0.4, alpha=0.5)
-                grid = np.linspace(max(c[0, column] for c in curves), min(c[-1, column] for c in curves), 100)
+                # Until the median run ends; of one that has ended the last return stands.
+                ends.append(median(curve[-1, column] for curve in curves))
+                grid = np.linspace(max(curve[0, column] for curve in curves), ends[-1], 100)
                 returns = [np.interp(grid, curve[:, column], curve[:, 2]) for curve in curves]
                 axis.plot(
                     grid,
@@ -347,7 +349,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                     label=name if "stable" in name else f"ours, {name}",
                 )
             axis.axhline(gym.spec(env_id).reward_threshold, color="0.8", linewidth=0.8, zorder=0)
-            axis.set(xlabel=unit, xlim=(0, None), ylabel=f"{env_id}\nreturn" if column == 0 else None)
+            axis.set(xlabel=unit, xlim=(0, 1.1 * max(ends)), ylabel=f"{env_id}\nreturn" if column == 0 else None)
             axis.spines[["top", "right"]].set_visible(False)
         row[0].legend(fontsize=8, frameon=False)
     save_figure(figure, path)
