@@ -86,9 +86,6 @@ ENTRIES = {name: _preset(name) for name in PRESETS if name != "atari"} | {  # th
         [*FABRIC, "--devices=2", "train_fabric_decoupled.py", "--overlap", "--preset", "lunar-lander"],
         2,
     ),
-    "LunarLander, EnvPool": Entry(
-        "LunarLander-v3", [sys.executable, "train_torch.py", "--preset", "lunar-lander", "--env-backend", "envpool"]
-    ),
     "CartPole, stable-baselines3": _stable_baselines3("CartPole-v1", "published"),
     "LunarLander, stable-baselines3": _stable_baselines3("LunarLander-v3", "published"),
     "LunarLander, stable-baselines3, our settings": _stable_baselines3("LunarLander-v3", "ours"),
@@ -349,7 +346,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
                     label=name if "stable" in name else f"ours, {name}",
                 )
             axis.axhline(gym.spec(env_id).reward_threshold, color="0.8", linewidth=0.8, zorder=0)
-            axis.set(xlabel=unit, xlim=(0, 1.1 * max(ends)), ylabel=f"{env_id}\nreturn" if column == 0 else None)
+            axis.set(xlabel=unit, ylabel=f"{env_id}\nreturn" if column == 0 else None)
+            axis.set_xlim(0, 1.1 * max(ends, default=1))
             axis.spines[["top", "right"]].set_visible(False)
         row[0].legend(fontsize=8, frameon=False)
     save_figure(figure, path)
