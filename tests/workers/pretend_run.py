@@ -12,6 +12,7 @@ from tests import pretend_gpu
 
 pretend_gpu.install()
 pretend_gpu.do_not_compile()
-atexit.register(lambda: print("counted", dict(pretend_gpu.COUNTS), file=sys.stderr))
+# One write, since the lines of two processes mix otherwise.
+atexit.register(lambda: sys.stderr.write(f"counted {dict(pretend_gpu.COUNTS)}\n"))
 sys.argv[0] = os.environ["SCRIPT"]
 runpy.run_path(os.environ["SCRIPT"], run_name="__main__")
