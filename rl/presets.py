@@ -113,7 +113,7 @@ PRESETS = {
     "car-racing": Preset(
         {
             "env_id": "CarRacing-v3",
-            "total_timesteps": 150_528,
+            "total_timesteps": 300_032,
             "num_envs": 8,
             "update_epochs": 4,
             "per_rank_batch_size": 128,
@@ -142,6 +142,22 @@ PRESETS = {
     "inverted-double-pendulum": Preset(
         {"env_id": "InvertedDoublePendulum-v5"} | MUJOCO,
         "a return of 8,298 after 999,424 steps (mean of 2 seeds)",
+    ),
+    "minatar": Preset(
+        {
+            "env_id": "MinAtar/Breakout-v1",
+            "total_timesteps": 1_000_000,
+            "num_envs": 16,
+            "num_steps": 2048,
+            "per_rank_batch_size": 256,
+            "update_epochs": 4,
+            "hidden_sizes": (64,),
+            "gamma": 0.99,
+            "gae_lambda": 0.95,
+            "ent_coef": 0.01,
+            "ortho_init": True,
+        },
+        "a return of ",
     ),
     # What is customary in Atari (Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization").
     "atari": Preset(
