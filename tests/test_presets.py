@@ -33,6 +33,8 @@ def test_a_preset_trains_whole_updates_in_one_process_and_says_what_it_reaches(n
     env_id = PRESETS[name].flags["env_id"]
     if env_id.startswith("ALE/"):
         pytest.importorskip("ale_py", reason="Atari is optional: requirements-atari.txt")
+    elif env_id.startswith("MinAtar/"):
+        pytest.importorskip("minatar", reason="MinAtar is optional: requirements-minatar.txt")
     elif "mujoco" in str(gym.spec(env_id).entry_point):
         pytest.importorskip("mujoco", reason="MuJoCo is optional: requirements-mujoco.txt")
     args = parse(TorchArgs, ["--preset", name])

@@ -4,6 +4,7 @@ import logging
 import warnings
 
 import gymnasium as gym
+import torch
 from lightning import LightningModule
 
 from rl.args import CommonArgs
@@ -11,10 +12,12 @@ from rl.ppo.agent import Agent
 from rl.ppo.batch import Batch
 from rl.ppo.loss import Losses, ppo_loss
 
-# A normal run is quiet: of processes that meet, and of what Fabric 2.6 calls and PyTorch 2.13 deprecates.
+# A normal run is quiet: of processes that meet, of what Fabric 2.6 calls and PyTorch 2.13 deprecates, and of the stream
+# of its own on which Fabric wraps a module for a GPU.
 for package in ("lightning.fabric", "lightning.pytorch"):
     logging.getLogger(package).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
+torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
 
 class LightningAgent(Agent, LightningModule):
