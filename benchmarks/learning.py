@@ -57,8 +57,8 @@ class Entry(NamedTuple):
     processes: int = 1
 
 
-def _preset(name: str, *flags: str) -> Entry:
-    return Entry(PRESETS[name].flags["env_id"], [sys.executable, "train_torch.py", "--preset", name, *flags])
+def _preset(name: str) -> Entry:
+    return Entry(PRESETS[name].flags["env_id"], [sys.executable, "train_torch.py", "--preset", name])
 
 
 def _stable_baselines3(env_id: str, settings: str) -> Entry:
@@ -73,8 +73,6 @@ LUNAR_LANDER = shlex.split(
     "--env-id LunarLander-v2 --total-timesteps 500000 --ortho-init --num-envs 2 --num-steps 2048"
 )
 ENTRIES = {name: _preset(name) for name in PRESETS if name != "atari"} | {  # that one takes nights
-    # Gymnasium's draws 70 pictures per second, EnvPool's ten times as many; the test is in Gymnasium's.
-    "car-racing": _preset("car-racing", "--env-backend", "envpool"),
     "minatar, SpaceInvaders": Entry(
         "MinAtar/SpaceInvaders-v1",
         [sys.executable, "train_torch.py", "--preset", "minatar", "--env-id", "MinAtar/SpaceInvaders-v1"],

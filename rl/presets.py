@@ -113,7 +113,7 @@ PRESETS = {
     "car-racing": Preset(
         {
             "env_id": "CarRacing-v3",
-            "total_timesteps": 300_032,
+            "total_timesteps": 150_528,
             "num_envs": 8,
             "update_epochs": 4,
             "per_rank_batch_size": 128,
