@@ -391,6 +391,11 @@ class DecoupledArgs(PlayerArgs, DeviceArgs, CommonArgs):
                 "one process is too few for a player and a trainer: "
                 "start with `fabric run --devices=2 train_fabric_decoupled.py`, or more devices"
             )
+        if "," in (devices := os.environ.get("LT_DEVICES", "")):
+            raise ValueError(
+                f"--devices={devices}: train_fabric_decoupled.py wants a number of processes; "
+                f"CUDA_VISIBLE_DEVICES={devices} before the command chooses GPUs"
+            )
         _check_precision()
         super().check_processes(world_size)
         if (trainers := world_size - 1) > (steps := self.steps_per_update(world_size)):

@@ -195,6 +195,14 @@ def test_a_strategy_that_the_script_with_fabric_does_not_follow_is_refused(monke
         FabricArgs().check_processes(1)
 
 
+def test_a_list_of_gpus_for_the_decoupled_script_is_refused_with_what_chooses_them(monkeypatch):
+    monkeypatch.setenv("LT_DEVICES", "2,3")
+    with pytest.raises(ValueError, match=r"^--devices=2,3: .* CUDA_VISIBLE_DEVICES=2,3 before the command"):
+        DecoupledArgs().check_processes(2)
+    monkeypatch.setenv("LT_DEVICES", "2")
+    DecoupledArgs().check_processes(2)
+
+
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
 def test_a_gpu_for_the_script_with_fabric_is_refused_where_there_is_none(monkeypatch, accelerator):
     monkeypatch.setenv("LT_ACCELERATOR", accelerator)
