@@ -157,7 +157,7 @@ PRESETS = {
             "ent_coef": 0.01,
             "ortho_init": True,
         },
-        "a return of ",
+        "a return of 21.5 after 999,424 steps (mean of 2 seeds)",
     ),
     # What is customary in Atari (Huang et al. 2022, "The 37 Implementation Details of Proximal Policy Optimization").
     "atari": Preset(
