@@ -6,6 +6,9 @@ from threading import Thread
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.accelerators import CUDAAccelerator
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.strategies import DDPStrategy
 from torch.distributed import Backend, HashStore
 
 from rl.processes import placement
@@ -65,6 +68,15 @@ def test_each_process_has_a_gpu_of_its_own_on_every_machine(placed):
     assert placed(2, [2, 2]) == ([["cuda:0", "cuda:1"]] * 2, ["nccl", "nccl"])
     assert current[-4:] == [0, 1, 0, 1]
     assert placed(4, [3]) == ([["cuda:0", "cuda:1", "cuda:2"]], ["nccl"])
+
+
+def test_the_gpu_of_each_process_is_the_one_that_fabric_would_choose(placed, monkeypatch):
+    (devices, _), _ = placed(3, [3, 3])
+    for local_rank, device in enumerate(devices):
+        launch(monkeypatch, 3 + local_rank, local_rank, 6, 3)
+        gpus = CUDAAccelerator.get_parallel_devices([0, 1, 2])
+        strategy = DDPStrategy(parallel_devices=gpus, cluster_environment=TorchElasticEnvironment())
+        assert str(strategy.root_device) == device
 
 
 def test_processes_that_outnumber_the_gpus_share_them_through_gloo_and_the_first_says_so(placed, capsys):
