@@ -34,6 +34,13 @@ CASES = {
         3,
     ),
 }
+# How often a process waits besides, at most: to log, to compare weights and KL divergences, to write checkpoints
+OTHER_WAITS = {
+    "torch, 2 processes": 12,
+    "fabric, 1 process": 9,
+    "fabric, 2 processes": 5,
+    "decoupled, two trainers, all on GPUs": 7,
+}
 
 
 def launch(script, processes, flags, cwd, worker=None, env=None):
@@ -84,13 +91,13 @@ def test_a_checkpoint_of_gpus_holds_tensors_of_the_cpu_alone(runs, name):
         torch.load(path, weights_only=True)  # this process has no such GPU
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "image" not in name])
+@pytest.mark.parametrize("name", OTHER_WAITS)
 def test_the_cpu_waits_for_a_gpu_once_in_a_gradient_step_and_downloads_little_in_a_rollout(runs, name):
     _, finished, _ = runs[name]
     script, processes, *_ = CASES[name]
     steps = UPDATES * MINIBATCHES // (processes - ("decoupled" in script))
     for count in counts(finished):
-        assert count.get("waits", 0) < steps + 4 * UPDATES + 5  # so one more in each step is too many
+        assert count.get("waits", 0) <= steps + OTHER_WAITS[name]
         assert count.get("downloads", 0) <= UPDATES * 100  # a rollout has 64 steps
 
 
