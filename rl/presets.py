@@ -90,6 +90,7 @@ PRESETS = {
         {
             "env_id": "LunarLanderContinuous-v3",
             "total_timesteps": 500_000,
+            "num_envs": 16,
             "num_steps": 2048,
             "per_rank_batch_size": 128,
             "ortho_init": True,

@@ -1,4 +1,4 @@
-"""The examples of docs/changing.md are patches that apply, train, and take effect."""
+"""The examples of docs/changing.md and the changes of docs/ablation.md are patches that apply, train, and take effect."""
 
 import re
 import shutil
@@ -10,9 +10,8 @@ import torch
 from benchmarks.runs import last_checkpoint, run_folders, scalars
 from tests.launching import ROOT, python, run
 
-EXAMPLES = dict(
-    re.findall(r"^\*\*An? ([^*]+)\*\*.*?```diff\n(.*?)```", (ROOT / "docs/changing.md").read_text(), re.M | re.S)
-)
+PAGES = [(ROOT / "docs" / name).read_text() for name in ("changing.md", "ablation.md")]
+EXAMPLES, TRIED = (dict(re.findall(r"^\*\*An? ([^*]+)\*\*.*?```diff\n(.*?)```", page, re.M | re.S)) for page in PAGES)
 FLAGS = ["--num-steps=128", "--total-timesteps=256", "--num-envs=2", "--update-epochs=2", "--test-episodes=1"]
 SPEAKING = """
 import gymnasium as gym
@@ -67,3 +66,27 @@ def test_an_example_applies_trains_and_takes_effect(name, unchanged, tmp_path):
     assert (settings["lr"] in (1e-3, 5e-4)) == (name != "variant of the algorithm")
     logged = scalars(run_folders(tmp_path)[0])["Info/learning_rate"]
     assert logged[-1][1] == pytest.approx(settings["lr"])
+
+
+STEPS = 2 * 2 * 2  # updates, epochs, minibatches
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "steps"),
+    [
+        ("advantage computed anew in each epoch", [], STEPS),
+        # The ratios are 1 in the first minibatch of an update, so that the second of its four is the last.
+        ("bound on the KL divergence within the epoch", ["--target-kl=1e-9", "--per-rank-batch-size=32"], 2 * 2),
+        ("Adam with a local time", [], STEPS / 2),  # those of the last update
+    ],
+)
+def test_what_was_tried_applies_trains_and_takes_effect(name, flags, steps, unchanged, tmp_path):
+    changed = train(tmp_path, TRIED[name], *flags)
+    one, other = (checkpoint["agent"]["actor.0.weight"] for checkpoint in (changed, unchanged))
+    assert one.isfinite().all()
+    assert not torch.equal(one, other)
+    assert {state["step"].item() for state in changed["optimizer"]["state"].values()} == {steps}
+
+
+def test_three_changes_were_tried():
+    assert len(TRIED) == 3
