@@ -1,4 +1,4 @@
-"""The examples of docs/changing.md and the changes of docs/ablation.md are patches that apply, train, and take effect."""
+"""The examples of docs/changing.md and the changes of docs/ablation.md are patches that apply and take effect."""
 
 import re
 import shutil
