@@ -73,6 +73,7 @@ PRESETS = {
             "gamma": 0.9,
             "gae_lambda": 0.95,
             "normalize_rewards": True,
+            "target_kl": 0.03,
         },
         "a return of -176.7 after 100,352 steps (interquartile mean of 10 seeds)",
     ),
