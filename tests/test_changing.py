@@ -77,7 +77,7 @@ STEPS = 2 * 2 * 2  # updates, epochs, minibatches
         ("advantage computed anew in each epoch", [], STEPS),
         # The ratios are 1 in the first minibatch of an update, so that the second of its four is the last.
         ("bound on the KL divergence within the epoch", ["--target-kl=1e-9", "--per-rank-batch-size=32"], 2 * 2),
-        ("Adam with a local time", [], STEPS / 2),  # those of the last update
+        ("Adam with a local time", [], STEPS // 2),  # those of the last update
     ],
 )
 def test_what_was_tried_applies_trains_and_takes_effect(name, flags, steps, unchanged, tmp_path):
