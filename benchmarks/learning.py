@@ -106,7 +106,8 @@ CURVES = {  # what is drawn together, and in which colour
     },
     "HalfCheetah-v5": {"half-cheetah": "tab:blue", "HalfCheetah, stable-baselines3": "0.45"},
 }
-# Results of RL Baselines3 Zoo, benchmark.md, and the steps that they took, one seed each
+# Results of RL Baselines3 Zoo, benchmark.md, and of the checkpoints that gymnax (README.md) names, after these steps, one
+# seed each
 PUBLISHED = {
     "CartPole-v1": "500 (100k)",
     "Acrobot-v1": "-73.5 (1M)",
@@ -118,6 +119,8 @@ PUBLISHED = {
     "Hopper-v5": "2,410 (1M, v4)",
     "Walker2d-v5": "3,479 (1M, v4)",
     "Ant-v5": "1,327 (1M, v4)",
+    "MinAtar/Breakout-v1": "28 (10M, gymnax)",
+    "MinAtar/SpaceInvaders-v1": "131 (10M, gymnax)",
 }
 
 
