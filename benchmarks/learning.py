@@ -106,8 +106,7 @@ CURVES = {  # what is drawn together, and in which colour
     },
     "HalfCheetah-v5": {"half-cheetah": "tab:blue", "HalfCheetah, stable-baselines3": "0.45"},
 }
-# Results of RL Baselines3 Zoo, benchmark.md, and of the checkpoints that gymnax (README.md) names, after these steps, one
-# seed each
+# Of RL Baselines3 Zoo (benchmark.md) and the agents of gymnax (README.md), and after how many steps, one seed each
 PUBLISHED = {
     "CartPole-v1": "500 (100k)",
     "Acrobot-v1": "-73.5 (1M)",

@@ -36,7 +36,7 @@ class EvaluateArgs:
     seed: int = 10_000
     """Seed of the episodes."""
     stochastic: bool = False
-    """Sample the actions instead of taking the most probable ones."""
+    """Sample the actions instead of taking the greedy ones."""
     max_steps: int | None = None
     """Steps after which an episode that has not ended is cut; by default as many as in the run's own test."""
     video: Path | None = None

@@ -42,7 +42,7 @@ class GreedyPolicy(nn.Module):
         self.agent = agent
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Return the most probable actions, [batch, ...]."""
+        """Return the greedy actions, [batch, ...]."""
         agent = self.agent
         return agent.distribution.to_env(agent.act_greedily(agent.observation_normalizer(observation)))
 

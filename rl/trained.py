@@ -37,7 +37,7 @@ class TrainedAgent:
 
         Args:
             observation: one of the environment's space, or an array [B, *shape] where the space is a Box.
-            deterministic: take the most probable action instead of sampling one.
+            deterministic: take the greedy action instead of sampling one.
 
         Raises:
             ValueError: if the observation does not fit the space.

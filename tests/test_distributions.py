@@ -33,12 +33,12 @@ def test_consecutive_actions_are_independent():
 
 
 def test_the_mode_is_the_most_probable_action():
-    assert Categorical(Discrete(3)).mode(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
+    assert Categorical(Discrete(3)).greedy(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
 
 
-def test_without_noise_the_sample_is_the_mode():
+def test_without_noise_the_sample_is_the_greedy_action():
     distribution = Categorical(Discrete(3))
-    assert torch.equal(distribution.sample(LOGITS[1:], torch.zeros(3)), distribution.mode(LOGITS[1:]))
+    assert torch.equal(distribution.sample(LOGITS[1:], torch.zeros(3)), distribution.greedy(LOGITS[1:]))
 
 
 def test_samples_have_one_action_for_each_row():

@@ -62,7 +62,7 @@ def test_log_probabilities_and_entropies_equal_those_of_torch(space):
 @pytest.mark.parametrize("space", SPACES, ids=name)
 def test_log_probabilities_keep_the_leading_axes(space):
     distribution, outputs = make(space)
-    actions = distribution.mode(outputs)
+    actions = distribution.greedy(outputs)
     apart = distribution.log_prob_and_entropy(outputs[:4], actions[:4])
     together = distribution.log_prob_and_entropy(outputs[:4].unflatten(0, (2, 2)), actions[:4].unflatten(0, (2, 2)))
     for flat, unflat in zip(apart, together, strict=True):
@@ -105,19 +105,29 @@ def test_consecutive_draws_are_independent(space):
 
 
 @pytest.mark.parametrize("space", [*CHOICES, *SWITCHES], ids=name)
-def test_no_action_is_more_probable_than_the_mode(space):
+def test_no_action_is_more_probable_than_the_greedy_one(space):
     distribution, outputs = make(space)
     sizes = space.nvec.flatten().tolist() if isinstance(space, MultiDiscrete) else [2] * distribution.num_outputs
     combinations = torch.cartesian_prod(*map(torch.arange, sizes))
     for row in outputs:
         parts = truths(space, distribution, row)
         of_all = sum(part.log_prob(column.double()) for part, column in zip(parts, combinations.T, strict=True))
-        assert distribution.mode(row).tolist() == combinations[of_all.argmax()].tolist()
+        assert distribution.greedy(row).tolist() == combinations[of_all.argmax()].tolist()
 
 
-def test_the_most_probable_gaussian_action_is_the_mean():
-    distribution, outputs = make(Box(-0.1, 0.1, (3,)))
-    assert torch.equal(distribution.mode(outputs), outputs)
+@pytest.mark.parametrize("space", BOXES, ids=name)
+def test_the_greedy_gaussian_action_is_what_the_environment_gets_on_average(space):
+    distribution, outputs = make(space)
+    for row in outputs:
+        taken = distribution.to_env(draw(distribution, row)).reshape(DRAWS, -1)
+        assert ((distribution.greedy(row) - taken.mean(0)).abs() < 5 * taken.std(0) / math.sqrt(DRAWS)).all()
+
+
+def test_the_greedy_gaussian_action_stays_within_the_bounds_however_far_the_mean_is():
+    distribution = DISTRIBUTIONS[Box](Box(LOW, HIGH)).to(torch.float32)
+    means = torch.tensor([[-1e4] * 4, [1e4] * 4, [0.0] * 4])
+    assert distribution.greedy(means)[:, 3].tolist() == [-1e4, 1e4, 0.0]  # without bounds
+    assert_close(distribution.greedy(means)[:2], distribution.to_env(means[:2]).reshape(2, 4).clamp(-1e4, 1e4))
 
 
 def test_actions_are_clipped_to_the_bounds_of_their_entry_on_the_way_to_the_environment_only():

@@ -49,7 +49,7 @@ def evaluate(
         args: of the environment, and `max_test_steps`, after which an episode is cut.
         episodes: number of episodes.
         seed: seed of the test.
-        stochastic: sample the actions instead of taking the most probable ones.
+        stochastic: sample the actions instead of taking the greedy ones.
         video_folder: where every episode is recorded. They then run one by one, since the frames of a whole
             episode are held in memory.
         purpose: the kind of their random streams.

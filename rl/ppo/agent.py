@@ -60,8 +60,8 @@ class Agent(nn.Module):
         return self.distribution.sample(self.actor(self.encoder(observations)), noise)
 
     def act_greedily(self, observations: Tensor) -> Tensor:
-        """Return the most probable actions [...] for observations [..., *shape]."""
-        return self.distribution.mode(self.actor(self.encoder(observations)))
+        """Return the actions to take without noise, [...], for observations [..., *shape]."""
+        return self.distribution.greedy(self.actor(self.encoder(observations)))
 
     def value(self, observations: Tensor) -> Tensor:
         """Return the value function V(s), [...], for observations [..., *shape]."""

@@ -10,7 +10,7 @@ Each distribution has the same members:
     empty_actions(*shape)   array of actions, [*shape, ...], as the learner stores them
     draw_noise(rng, T)      noise of one environment, float32 [T, noise of a step]
     sample(outputs, noise)  actions [..., action] for outputs [..., O]
-    mode(outputs)           the most probable actions
+    greedy(outputs)         the actions to take without noise
     log_prob_and_entropy    log p(a) and H, each [...]
     to_env(actions)         the actions as the environment takes them, on the CPU
 """
@@ -49,7 +49,7 @@ class Categorical(nn.Module):
         """Return actions int64 [...]: argmax(logits + Gumbel noise) is a sample of softmax(logits)."""
         return (logits + noise).argmax(-1)
 
-    def mode(self, logits: Tensor) -> Tensor:
+    def greedy(self, logits: Tensor) -> Tensor:
         """Return the most probable actions, int64 [...]."""
         return logits.argmax(-1)
 
@@ -84,9 +84,9 @@ class MultiCategorical(nn.Module):
 
     def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Return actions int64 [..., K]."""
-        return self.mode(logits + noise)
+        return self.greedy(logits + noise)
 
-    def mode(self, logits: Tensor) -> Tensor:
+    def greedy(self, logits: Tensor) -> Tensor:
         """Return the most probable actions, int64 [..., K]."""
         return torch.stack([part.argmax(-1) for part in logits.split(self.sizes, -1)], -1)
 
@@ -119,9 +119,9 @@ class Bernoulli(nn.Module):
 
     def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Return actions int8 [..., n]: logit + logistic noise is positive with probability sigmoid(logit)."""
-        return self.mode(logits + noise)
+        return self.greedy(logits + noise)
 
-    def mode(self, logits: Tensor) -> Tensor:
+    def greedy(self, logits: Tensor) -> Tensor:
         """Return the most probable actions, int8 [..., n]."""
         return (logits > 0).to(torch.int8)
 
@@ -161,9 +161,15 @@ class DiagonalGaussian(nn.Module):
         """Return actions float32 [..., D]: mean + standard deviation * noise."""
         return means + self.log_std.exp() * noise
 
-    def mode(self, means: Tensor) -> Tensor:
-        """Return the most probable actions, the means."""
-        return means
+    def greedy(self, means: Tensor) -> Tensor:
+        """Return what the environment gets on average, E[clip(a)] for a ~ N(μ, σ²), float32 [..., D].
+
+        E[clip(a)] = μ + E[max(low - a, 0)] - E[max(a - high, 0)]. That is μ far from the bounds. Near a bound μ alone
+        would be another policy than the one that was trained, whose noise the bound cuts on one side.
+        """
+        std = self.log_std.exp()
+        low, high = self.low.flatten().to(means), self.high.flatten().to(means)
+        return means + std * (_expected_excess((low - means) / std) - _expected_excess((means - high) / std))
 
     def log_prob_and_entropy(self, means: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(a) = -½ Σ_i [((a_i - μ_i) / σ_i)² + 2 log σ_i + log 2π] and H = Σ_i log σ_i + D/2 log 2πe."""
@@ -177,6 +183,12 @@ class DiagonalGaussian(nn.Module):
         return actions.reshape(-1, *self.low.shape).to(self.low.dtype).clamp(self.low, self.high)
 
 
+def _expected_excess(x: Tensor) -> Tensor:
+    """Return E[max(x + z, 0)] = x Φ(x) + φ(x) for a standard normal z, of the same shape; x may be -inf."""
+    x = x.clamp(min=-10)  # from there on it is 0 in double precision, too
+    return x * torch.special.ndtr(x) + (-0.5 * x.square()).exp() / math.sqrt(2 * math.pi)
+
+
 class Distribution(Protocol):
     """What the classes above have in common, see the docstring of this module."""
 
@@ -185,7 +197,7 @@ class Distribution(Protocol):
     def empty_actions(self, *shape: int) -> Tensor: ...  # noqa: D102
     def draw_noise(self, rng: np.random.Generator, num_steps: int) -> np.ndarray: ...  # noqa: D102
     def sample(self, outputs: Tensor, noise: Tensor) -> Tensor: ...  # noqa: D102
-    def mode(self, outputs: Tensor) -> Tensor: ...  # noqa: D102
+    def greedy(self, outputs: Tensor) -> Tensor: ...  # noqa: D102
     def log_prob_and_entropy(self, outputs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]: ...  # noqa: D102
     def to_env(self, actions: Tensor) -> Tensor: ...  # noqa: D102
 
