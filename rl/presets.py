@@ -59,6 +59,7 @@ PRESETS = {
             "env_id": "MountainCarContinuous-v0",
             "total_timesteps": 100_000,
             "num_steps": 2048,
+            "learning_rate": 3e-4,
             "gamma": 0.9999,
             "gae_lambda": 0.9,
             "noise_correlation": 0.9,
