@@ -32,7 +32,7 @@ def test_consecutive_actions_are_independent():
     assert repeated == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / (draws - 1)))
 
 
-def test_the_mode_is_the_most_probable_action():
+def test_the_greedy_action_is_the_most_probable_one():
     assert Categorical(Discrete(3)).greedy(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]])).tolist() == [1, 0]
 
 
