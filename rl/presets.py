@@ -102,10 +102,12 @@ PRESETS = {
     "bipedal-walker": Preset(
         {
             "env_id": "BipedalWalker-v3",
-            "total_timesteps": 1_000_000,
+            "total_timesteps": 2_000_000,
             "num_envs": 8,
             "num_steps": 8192,
             "per_rank_batch_size": 256,
+            "learning_rate": 3e-4,
+            "init_log_std": -0.5,
             "gamma": 0.99,
             "gae_lambda": 0.95,
             "ortho_init": True,
