@@ -149,6 +149,11 @@ PRESETS = {
         {"env_id": "Walker2d-v5"} | MUJOCO,
         "a return of 4,491 after 999,424 steps (interquartile mean of 10 seeds)",
     ),
+    # Without the forces of contact, 78 numbers that Ant-v4 left out, too.
+    "ant": Preset(
+        {"env_id": "Ant-v5", "env_kwargs": ("include_cfrc_ext_in_observation=false",)} | MUJOCO,
+        "a return of 4,182 after 999,424 steps (mean of the 3 seeds of the tuning)",
+    ),
     "inverted-double-pendulum": Preset(
         {"env_id": "InvertedDoublePendulum-v5"} | MUJOCO,
         "a return of 8,298 after 999,424 steps (mean of 2 seeds)",
