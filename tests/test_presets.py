@@ -58,7 +58,7 @@ def test_a_preset_like_no_other_ends_with_the_names_of_those_that_there_are(caps
     with pytest.raises(SystemExit):
         parse(TorchArgs, [f"--preset={name}"])
     assert capsys.readouterr().err.startswith(
-        f"error: there is no preset {name!r}. There are acrobot, atari, bipedal-walker, "
+        f"error: there is no preset {name!r}. There are acrobot, ant, atari, "
     )
 
 
