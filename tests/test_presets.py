@@ -57,9 +57,7 @@ def test_a_preset_that_does_not_exist_ends_with_one_line_that_names_the_nearest_
 def test_a_preset_like_no_other_ends_with_the_names_of_those_that_there_are(capsys, name):
     with pytest.raises(SystemExit):
         parse(TorchArgs, [f"--preset={name}"])
-    assert capsys.readouterr().err.startswith(
-        f"error: there is no preset {name!r}. There are acrobot, ant, atari, "
-    )
+    assert capsys.readouterr().err.startswith(f"error: there is no preset {name!r}. There are acrobot, ant, atari, ")
 
 
 def test_help_shows_the_presets_in_order(capsys):
