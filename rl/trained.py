@@ -49,7 +49,10 @@ class TrainedAgent:
             if not is_single and array.shape[1:] != self.space.shape:
                 raise ValueError(f"observations of shape {array.shape} are none of {self.space}, and no array of such")
         else:
-            array = np.asarray(gym.spaces.flatten(self.space, observation))
+            try:
+                array = np.asarray(gym.spaces.flatten(self.space, observation)).reshape(stored_space(self.space).shape)
+            except (IndexError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"the observation {observation!r} is none of {self.space}") from error
         rows = array.reshape(-1, *stored_space(self.space).shape)
         dtype = getattr(torch, stored_dtype(self.space))
         observed = self.agent.observation_normalizer(torch.tensor(rows, dtype=dtype))

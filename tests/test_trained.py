@@ -87,3 +87,17 @@ def test_an_observation_that_does_not_fit_is_refused(tmp_path, monkeypatch):
             TrainedAgent(tmp_path).act(wrong)
     with pytest.raises(ValueError, match="holds no checkpoints"):
         TrainedAgent(tmp_path.parent)
+
+
+@pytest.mark.parametrize("wrong", [500, "left"])
+def test_an_observation_that_is_none_of_a_space_without_a_shape_is_refused(wrong, tmp_path, monkeypatch):
+    trained(tmp_path, monkeypatch, env_id="Taxi-v4")
+    with pytest.raises(ValueError, match=r"is none of Discrete\(500\)$"):
+        TrainedAgent(tmp_path).act(wrong)
+
+
+@pytest.mark.parametrize("wrong", [(1, 2), (1, 2, 3), (99, 2, 1), None])
+def test_an_observation_that_is_none_of_a_tuple_is_refused(wrong, tmp_path, monkeypatch):
+    trained(tmp_path, monkeypatch, env_id="Blackjack-v1")
+    with pytest.raises(ValueError, match=r"is none of Tuple\(Discrete"):
+        TrainedAgent(tmp_path).act(wrong)
