@@ -320,7 +320,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             first = first or median(seconds)
             cells = [name, f"{gym.spec(env_id).reward_threshold:g}", ", ".join(map(_seconds, seconds))]
             ratio = median(seconds) / first
-            cells += [_seconds(median(seconds)), f"{ratio:.1f}" if math.isfinite(ratio) else ""]
+            cells += [_seconds(median(seconds)), f"{ratio:.1f}" if 0 < ratio < math.inf else ""]
             print("|", *(f"{cell} |" for cell in cells))
 
 

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.learning import interquartile_mean, learning_curve, own_entry
+from benchmarks.learning import interquartile_mean, learning_curve, own_entry, print_table
 
 
 def test_the_interquartile_mean_is_that_of_the_middle_half_and_lies_in_its_interval():
@@ -45,3 +45,23 @@ def test_a_command_of_the_users_is_run_as_it_stands(command, env_id, program, pr
     start, *rest = entry.command
     assert start.rpartition("/")[2].startswith(program)
     assert f"{program} {' '.join(rest)}" == (command if program != "python" else f"python {command}")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "medians"),
+    [
+        ((20, 30), ("20 | 1.0", "30 | 1.5")),
+        ((None, 30), ("never | ", "30 | ")),
+        ((20, None), ("20 | 1.0", "never | ")),
+    ],
+)
+def test_a_ratio_of_seconds_stands_where_both_land(seconds, medians, capsys):
+    print_table(
+        [
+            {"entry": name, "seed": 1, "commit": "x", "mean_return": 400, "seconds": 50, "steps": 1000}
+            | {"solved": landed and [500, landed]}
+            for name, landed in zip(("cartpole", "CartPole, stable-baselines3"), seconds, strict=True)
+        ]
+    )
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split(" | ", 3)[3].removesuffix(" |") for row in rows] == list(medians)
