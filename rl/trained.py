@@ -42,7 +42,7 @@ class TrainedAgent:
         Raises:
             ValueError: if the observation does not fit the space.
         """
-        is_single = True
+        is_single, shape = True, stored_space(self.space).shape
         if isinstance(self.space, gym.spaces.Box):
             array = np.asarray(observation)
             is_single = array.shape == self.space.shape
@@ -50,10 +50,10 @@ class TrainedAgent:
                 raise ValueError(f"observations of shape {array.shape} are none of {self.space}, and no array of such")
         else:
             try:
-                array = np.asarray(gym.spaces.flatten(self.space, observation)).reshape(stored_space(self.space).shape)
+                array = np.asarray(gym.spaces.flatten(self.space, observation)).reshape(shape)
             except (IndexError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"the observation {observation!r} is none of {self.space}") from error
-        rows = array.reshape(-1, *stored_space(self.space).shape)
+        rows = array.reshape(-1, *shape)
         dtype = getattr(torch, stored_dtype(self.space))
         observed = self.agent.observation_normalizer(torch.tensor(rows, dtype=dtype))
         if deterministic:
