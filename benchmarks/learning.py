@@ -57,8 +57,14 @@ class Entry(NamedTuple):
     processes: int = 1
 
 
-def _preset(name: str) -> Entry:
-    return Entry(PRESETS[name].flags["env_id"], [sys.executable, "train_torch.py", "--preset", name])
+def script_entry(command: str) -> Entry:
+    """Return what is run for a command: a script, alone or after `torchrun` or `fabric run`."""
+    words = shlex.split(command)
+    given = dict(pairwise(re.split(r"[ =]", command)))
+    env_id = PRESETS[given["--preset"]].flags["env_id"] if "--preset" in given else TorchArgs.env_id
+    processes = given.get("--nproc_per_node") or given.get("--devices") or "1"
+    start = [sys.executable] if words[0].startswith("train_") else [str(BIN / words.pop(0))]
+    return Entry(given.get("--env-id", env_id), [*start, *words], int(processes))
 
 
 def _stable_baselines3(env_id: str, settings: str) -> Entry:
@@ -67,29 +73,22 @@ def _stable_baselines3(env_id: str, settings: str) -> Entry:
 
 
 FABRIC = [str(BIN / "fabric"), "run"]
-COUPLED = [*FABRIC, "--accelerator=cpu", "--strategy=ddp", "--devices=2"]
-TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone"]
-LUNAR_LANDER = shlex.split(
-    "--env-id LunarLander-v2 --total-timesteps 500000 --ortho-init --num-envs 2 --num-steps 2048"
-)
-ENTRIES = {name: _preset(name) for name in PRESETS if name != "atari"} | {  # that one takes nights
-    "minatar, SpaceInvaders": Entry(
-        "MinAtar/SpaceInvaders-v1",
-        [sys.executable, "train_torch.py", "--preset", "minatar", "--env-id", "MinAtar/SpaceInvaders-v1"],
-    ),
+COUPLED = "fabric run --accelerator=cpu --strategy=ddp --devices=2 train_fabric.py"
+LUNAR_LANDER = "--env-id LunarLander-v3 --total-timesteps 500000 --ortho-init --num-envs 2 --num-steps 2048"
+MINATAR, SPACE_INVADERS = "train_torch.py --preset minatar", "--env-id MinAtar/SpaceInvaders-v1"
+COMMANDS = {name: f"train_torch.py --preset {name}" for name in PRESETS if name != "atari"} | {  # that one takes nights
+    "minatar, SpaceInvaders": f"{MINATAR} {SPACE_INVADERS}",
+    "minatar, 10M": f"{MINATAR} --total-timesteps 10000000",
+    "minatar, SpaceInvaders, 10M": f"{MINATAR} {SPACE_INVADERS} --total-timesteps 10000000",
     # The commands of the README, with the scripts' defaults
-    "train_torch.py x 2": Entry("CartPole-v1", [*TORCHRUN, "train_torch.py"], 2),
-    "train_fabric.py x 2": Entry("CartPole-v1", [*COUPLED, "train_fabric.py"], 2),
-    "train_fabric_decoupled.py x 3": Entry(
-        "CartPole-v1", [*FABRIC, "--devices=3", "train_fabric_decoupled.py", "--num-envs", "4"], 3
-    ),
-    "LunarLander, train_fabric.py x 2": Entry("LunarLander-v3", [*COUPLED, "train_fabric.py", *LUNAR_LANDER], 2),
+    "train_torch.py x 2": "torchrun --nproc_per_node=2 --standalone train_torch.py",
+    "train_fabric.py x 2": COUPLED,
+    "train_fabric_decoupled.py x 3": "fabric run --devices=3 train_fabric_decoupled.py --num-envs 4",
+    "LunarLander, train_fabric.py x 2": f"{COUPLED} {LUNAR_LANDER}",
     # On two cores, against stable-baselines3
-    "LunarLander, --overlap": Entry(
-        "LunarLander-v3",
-        [*FABRIC, "--devices=2", "train_fabric_decoupled.py", "--overlap", "--preset", "lunar-lander"],
-        2,
-    ),
+    "LunarLander, --overlap": "fabric run --devices=2 train_fabric_decoupled.py --overlap --preset lunar-lander",
+}
+ENTRIES = {name: script_entry(command) for name, command in COMMANDS.items()} | {
     "CartPole, stable-baselines3": _stable_baselines3("CartPole-v1", "published"),
     "LunarLander, stable-baselines3": _stable_baselines3("LunarLander-v3", "published"),
     "LunarLander, stable-baselines3, our settings": _stable_baselines3("LunarLander-v3", "ours"),
@@ -139,16 +138,6 @@ class Options:
     """File of results; what it holds is not run again. By default benchmarks/learning.jsonl."""
     figure: Path | None = None
     """File of a figure to draw, for example assets/learning.svg (needs matplotlib)."""
-
-
-def own_entry(command: str) -> Entry:
-    """Return what is run for a command of the user's: a script, alone or after `torchrun` or `fabric run`."""
-    words = shlex.split(command)
-    given = dict(pairwise(re.split(r"[ =]", command)))
-    env_id = PRESETS[given["--preset"]].flags["env_id"] if "--preset" in given else TorchArgs.env_id
-    processes = given.get("--nproc_per_node") or given.get("--devices") or "1"
-    start = [sys.executable] if words[0].startswith("train_") else [str(BIN / words.pop(0))]
-    return Entry(given.get("--env-id", env_id), [*start, *words], int(processes))
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -362,7 +351,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 def main(options: Options) -> None:
     """Measure, print and draw."""
     if options.commands:
-        ENTRIES.update({command: own_entry(command) for command in options.commands})
+        ENTRIES.update({command: script_entry(command) for command in options.commands})
     options.entries = options.commands or options.entries
     options.results = options.results or (Path("sweep.jsonl") if options.commands else RESULTS)
     results = measure(options, options.results)

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.learning import interquartile_mean, learning_curve, own_entry, print_table
+from benchmarks.learning import interquartile_mean, learning_curve, print_table, script_entry
 
 
 def test_the_interquartile_mean_is_that_of_the_middle_half_and_lies_in_its_interval():
@@ -40,7 +40,7 @@ def test_a_learning_curve_averages_the_last_100_episodes_weighted_by_their_numbe
     ],
 )
 def test_a_command_of_the_users_is_run_as_it_stands(command, env_id, program, processes):
-    entry = own_entry(command)
+    entry = script_entry(command)
     assert (entry.env_id, entry.processes) == (env_id, processes)
     start, *rest = entry.command
     assert start.rpartition("/")[2].startswith(program)
