@@ -90,19 +90,19 @@ PRESETS = {
         },
         "a return of 277.4 after 499,712 steps (interquartile mean of 16 seeds)",
     ),
+    # Falls are rare at the end: long rollouts hold enough of them to learn from.
     "lunar-lander-continuous": Preset(
         {
             "env_id": "LunarLanderContinuous-v3",
-            "total_timesteps": 500_000,
+            "total_timesteps": 1_000_000,
             "num_envs": 16,
-            "num_steps": 2048,
+            "num_steps": 4096,
             "per_rank_batch_size": 128,
+            "learning_rate": 5e-4,
             "ortho_init": True,
             "normalize_rewards": True,
-            "ent_coef": 0.003,
-            "target_kl": 0.1,
         },
-        "a return of 279.3 after 499,712 steps (interquartile mean of 10 seeds)",
+        "a return of 287.0 after 999,424 steps (interquartile mean of 10 seeds)",
     ),
     "bipedal-walker": Preset(
         {
