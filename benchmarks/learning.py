@@ -75,7 +75,7 @@ def _stable_baselines3(env_id: str, settings: str) -> Entry:
 FABRIC = [str(BIN / "fabric"), "run"]
 COUPLED = "fabric run --accelerator=cpu --strategy=ddp --devices=2 train_fabric.py"
 LUNAR_LANDER = "--env-id LunarLander-v2 --total-timesteps 500000 --ortho-init --num-envs 2 --num-steps 2048"
-HALF_A_MILLION = "--total-timesteps 500000 --num-steps 2048 --learning-rate 1e-3 --ent-coef 0.003 --target-kl 0.1"
+HALF_A_MILLION = "--total-timesteps 500000 --num-steps 2048 --learning-rate 1e-3 --ent-coef 0.003"
 MINATAR, SPACE_INVADERS = "train_torch.py --preset minatar", "--env-id MinAtar/SpaceInvaders-v1"
 COMMANDS = {name: f"train_torch.py --preset {name}" for name in PRESETS if name != "atari"} | {  # that one takes nights
     "lunar-lander-continuous, 500k": f"train_torch.py --preset lunar-lander-continuous {HALF_A_MILLION}",

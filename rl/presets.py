@@ -101,6 +101,7 @@ PRESETS = {
             "learning_rate": 5e-4,
             "ortho_init": True,
             "normalize_rewards": True,
+            "target_kl": 0.1,
         },
         "a return of 282.2 after 999,424 steps (interquartile mean of 10 seeds)",
     ),
