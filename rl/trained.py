@@ -4,6 +4,7 @@ agent = TrainedAgent("logs/torch_logs/RUN")
 action = agent.act(observation)
 """
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class TrainedAgent:
                 raise ValueError(f"observations of shape {array.shape} are none of {self.space}, and no array of such")
         else:
             try:
+                if isinstance(self.space, gym.spaces.Discrete):
+                    observation = operator.index(observation)  # Gymnasium takes several states for one
                 array = np.asarray(gym.spaces.flatten(self.space, observation)).reshape(shape)
             except (IndexError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"the observation {observation!r} is none of {self.space}") from error

@@ -89,7 +89,7 @@ def test_an_observation_that_does_not_fit_is_refused(tmp_path, monkeypatch):
         TrainedAgent(tmp_path.parent)
 
 
-@pytest.mark.parametrize("wrong", [500, "left"])
+@pytest.mark.parametrize("wrong", [500, "left", [1, 2]])
 def test_an_observation_that_is_none_of_a_space_without_a_shape_is_refused(wrong, tmp_path, monkeypatch):
     trained(tmp_path, monkeypatch, env_id="Taxi-v4")
     with pytest.raises(ValueError, match=r"is none of Discrete\(500\)$"):
