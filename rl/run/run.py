@@ -29,7 +29,7 @@ from rl.run.resuming import restore_environments, restore_learner, shared_checkp
 from rl.seeding import Purpose
 from rl.voice import going_on_without, say, say_first
 
-FAR = 0.2  # an approximate KL divergence of which a line warns: updates of runs that learn stay below 0.1
+FAR = 0.2  # an approximate KL divergence of which a line warns: updates of runs that learn hardly exceed 0.1
 
 
 class Closable(Protocol):
