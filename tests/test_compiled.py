@@ -377,7 +377,50 @@ def test_one_row_on_an_edge_of_the_loss_does_not_end_compilation(capsys):
         shown, lambda batch, rows: take(batch, 1.0), CPP, "", state, group, ["w"], [1], lambda tensor: tensor
     )
     state.exp_avg_sq.fill_(1)
-    step._difference = lambda before, one, other: "the weights" * (not torch.equal(one[1].weights, other[1].weights))
+    step._difference = lambda before, one, other, moved=(): (
+        "the weights" * (not torch.equal(one[1].weights, other[1].weights))
+    )
     step(minibatch, 16)
     assert step.is_proven and state.weights == 1  # what the fast way did stands
     assert capsys.readouterr().err == ""
+
+
+def learner_of_large_values():
+    """A learner of float32, and alike rows whose values are large and whose errors, of which it learns, cancel out."""
+    learner = Learner(CommonArgs(), dtype=torch.float32)
+    with torch.no_grad():
+        learner.agent.critic[2].bias.fill_(1)
+        learner.agent.critic[4].weight.fill_(15)
+    minibatch = learner.minibatch(64)
+    minibatch = minibatch._replace(observations=0.1 * minibatch.observations)
+    with torch.no_grad():
+        values = learner.agent(minibatch.observations, minibatch.actions)[2]
+    errors = minibatch.returns - minibatch.returns.mean() + 0.01
+    return learner, minibatch._replace(values=values, returns=values + errors)
+
+
+def test_where_rounding_decides_on_the_gradient_compilation_does_not_end(capsys):
+    learner, minibatch = learner_of_large_values()
+    step = learner.compiled_step(64)
+    step(minibatch, 64)
+    assert step.is_proven and step.way == CPP
+    assert capsys.readouterr().err.count("\n") == 1  # it compiles
+
+
+@pytest.mark.parametrize("growth", [1, 1.2], ids=["edited", "edited anew in each step"])
+def test_an_edit_is_found_where_rounding_decides_on_the_gradient(growth, capsys):
+    learner, minibatch = learner_of_large_values()
+    plain, count = learner.plain_step, 0
+
+    def edited(batch, mean_rows):
+        nonlocal count
+        count += 1
+        learner.args.vf_coef = 0.6 * growth**count
+        losses = plain(batch, mean_rows)
+        learner.args.vf_coef = 0.5
+        return losses
+
+    learner.plain_step = edited
+    step = learner.compiled_step(64)
+    step(minibatch, 64)
+    assert not step.is_proven and "going on without compilation" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The weights of an agent and the state of its Adam, each in one tensor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,18 @@ class FlatAdam(NamedTuple):
         sizes = [parameter.numel() + -parameter.numel() % ALIGNMENT for parameter in named.values()]
         moments = (_flatten([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq", "step"))
         return cls(AdamState(_flatten(list(named.values())), *moments), group, named, sizes)
+
+
+def rounded_otherwise(weights: Tensor) -> Iterator[Tensor]:
+    """Yield the weights four times [P], each moved by its rounding, up or down at random.
+
+    Together, what is computed from them moves as far as rounding may: a single draw seldom shows the most (Vignes 1993,
+    "A stochastic arithmetic for reliable scientific computation").
+    """
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        signs = 2 * torch.randint(2, weights.shape, generator=generator).to(weights) - 1
+        yield weights * (1 + torch.finfo(weights.dtype).eps * signs)
 
 
 def _adam_states(optimizer: Optimizer) -> list[dict[str, Tensor]]:
