@@ -31,7 +31,6 @@ from rl.run.ending import start
 from rl.run.lightning_loggers import open_lightning_loggers
 from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
-from rl.voice import going_on_without
 
 
 def main(args: FabricArgs) -> None:
@@ -53,7 +52,7 @@ def main(args: FabricArgs) -> None:
     fabric.loggers.extend(open_lightning_loggers(run))
 
     def log(scalars: dict[str, float], update: int) -> None:
-        with going_on_without("the log"):
+        with run.writing_log():
             fabric.log_dict(scalars, update * run.steps)
             for logger in fabric.loggers:
                 logger.save()

@@ -51,7 +51,6 @@ from rl.run.ending import start
 from rl.run.lightning_loggers import open_lightning_loggers
 from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
-from rl.voice import going_on_without
 
 
 def main(args: DecoupledArgs) -> None:
@@ -73,7 +72,7 @@ def player(args: DecoupledArgs, channel: Channel, device: torch.device) -> None:
     fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), loggers=loggers)
 
     def log(scalars: dict[str, float], update: int) -> None:
-        with going_on_without("the log"):
+        with run.writing_log():
             fabric.log_dict(scalars, update * run.steps)
             for logger in loggers:
                 logger.save()

@@ -35,7 +35,6 @@ from rl.run.ending import start
 from rl.run.loggers import open_loggers
 from rl.run.run import Run
 from rl.seeding import Purpose, stream_seed
-from rl.voice import going_on_without
 
 
 def main(args: TorchArgs) -> None:
@@ -62,7 +61,7 @@ def main(args: TorchArgs) -> None:
     loggers = open_loggers(run)
 
     def log(scalars: dict[str, float], update: int) -> None:
-        with going_on_without("the log"):
+        with run.writing_log():
             for logger in loggers:
                 logger.log(scalars, update * run.steps)
 

@@ -1,6 +1,7 @@
 """CartPole in which something goes wrong, once, in one environment of one process."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -10,12 +11,26 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.classic_control import CartPoleEnv
+from tensorboard.summary.writer.event_file_writer import _AsyncWriter
 
 Step = tuple[np.ndarray, float, bool, bool, dict[str, Any]]
 
 
 def fail() -> None:
     raise ValueError("the pole\nis broken")
+
+
+def have_a_signal_come_as_the_log_has_taken_a_lock(step: Step) -> Step:
+    flush = _AsyncWriter.flush
+
+    def flush_after_a_signal(writer: _AsyncWriter) -> None:
+        writer._lock.acquire()
+        signal.raise_signal(signal.SIGTERM)  # an exception, here, leaves the lock taken for ever
+        writer._lock.release()
+        flush(writer)
+
+    _AsyncWriter.flush = flush_after_a_signal
+    return step
 
 
 # What a step that goes wrong returns instead of what it should.
@@ -30,6 +45,7 @@ FAULTS: dict[str, Callable[[Step], Step | None]] = {
     "raises_in_reset": lambda step: (*step[:2], True, False, {}),
     "exits": lambda step: sys.exit(0),
     "exits_at_once": lambda step: os._exit(0),
+    "signal_in_the_log": have_a_signal_come_as_the_log_has_taken_a_lock,
     "hangs": lambda step: time.sleep(1e6),
 }
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.runs import differences, last_checkpoint, run_folders, tensors
+from rl.run.ending import LAST_WRITES
 from tests.launching import ROOT, Running, assert_no_process_is_left, fabric_run, python, run, torchrun
 
 TORCH, FABRIC, DECOUPLED = "train_torch.py", "train_fabric.py", "train_fabric_decoupled.py"
@@ -66,6 +67,10 @@ def send_to_launcher(number: signal.Signals) -> Callable[[Running], None]:
 def wait_until_it_hangs(launch: Running) -> int:
     launch.wait_for(", update 2/")
     return launch.rank(1)
+
+
+def wait_for_the_line(launch: Running) -> None:
+    launch.wait_for("stopped by")
 
 
 def delete_the_run(launch: Running) -> None:
@@ -152,6 +157,11 @@ FAULTY = {
         "the gradient is NaN or infinite in update 2; the last checkpoint is from before",
     ),
 }
+IN_THE_LOG = {
+    "a signal in the log": python(TORCH, *faulty("signal_in_the_log")),
+    "a signal in the log, Fabric": python(FABRIC, *faulty("signal_in_the_log")),
+    "a signal in the log, decoupled": torchrun(2, DECOUPLED, *faulty("signal_in_the_log")),
+}
 ON_A_SMALL_DISK = {
     "a full disk, decoupled, videos": Case(torchrun(2, DECOUPLED, *VIDEO_EPISODES), fill_the_disk),
     "a full disk": Case(python(TORCH, *LONG), fill_the_disk),
@@ -162,6 +172,7 @@ CASES = {
     **{name: Case(command, send(signal.SIGKILL, rank)) for name, (command, rank) in KILLED.items()},
     **{name: Case(command, send_to_launcher(number)) for name, (command, number) in SIGNALLED.items()},
     **{name: Case(command) for name, (command, _) in FAULTY.items()},
+    **{name: Case(command, wait_for_the_line) for name, command in IN_THE_LOG.items()},
     **ON_A_SMALL_DISK,
     "sys.exit(0) in the test": Case(python(TORCH, *faulty("exits", index=4, step=0))),
     "a deleted run": Case(python(TORCH, *LONG), delete_the_run),
@@ -259,6 +270,13 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_the_last_update_and_says_how_t
     if launch.command[0] == sys.executable:
         assert launch.returncode == 128 + number
     assert update_in(launch.stderr) - newest_checkpoint(launch.cwd)["update"] in (0, 1)  # 0: as it was just done
+
+
+@pytest.mark.parametrize("name", IN_THE_LOG)
+def test_a_signal_that_comes_as_the_log_has_taken_a_lock_waits_until_it_is_given_back(finished, name):
+    launch = finished(name)
+    assert_one_line_says(launch, r"stopped by SIGTERM in update \d+; go on with --resume .*")
+    assert launch.seconds < LAST_WRITES / 2  # after which another thread ends a process that hangs
 
 
 @pytest.mark.parametrize(("name", "undisturbed"), [("python, SIGTERM", "undisturbed")])

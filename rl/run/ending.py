@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event, Lock, Thread
 from types import FrameType
@@ -45,6 +45,7 @@ class Ending:
         self.closing = ExitStack()  # closes what is open
         self.run_folder: Path | None = None  # where to go on, once a checkpoint is there
         self._signal: signal.Signals | None = None
+        self._signal_waits = False  # one that comes raises nothing yet
         self._begun = Lock()  # taken by the thread that ends the process
         self._exit = os._exit  # as it is outside of a run
 
@@ -57,6 +58,23 @@ class Ending:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._hear)
         Thread(target=self._watch, args=(read_end,), daemon=True).start()
+
+    @contextmanager
+    def signals_waiting(self) -> Iterator[None]:
+        """Let a signal wait while a library works with its locks.
+
+        An exception that comes just as a lock was taken leaves it taken, and closing would wait for it in vain.
+
+        Raises:
+            Stopped: after the work, if a signal came meanwhile.
+        """
+        self._signal_waits = True
+        try:
+            yield
+        finally:
+            self._signal_waits = False
+        if self._signal is not None:
+            raise Stopped
 
     def have_exits_raise(self) -> None:
         """Have an environment that calls `os._exit`, which ends a process without a word, raise SystemExit instead.
@@ -114,7 +132,7 @@ class Ending:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         again, self._signal = self._signal is not None, signal.Signals(number)
-        if not again and not self._begun.locked():
+        if not again and not self._signal_waits and not self._begun.locked():
             raise Stopped
 
     def _watch(self, read_end: int) -> None:

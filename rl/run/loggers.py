@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from rl.args import CommonArgs
+from rl.run.ending import ending
 
 if TYPE_CHECKING:
     from rl.run.run import Run
@@ -110,10 +111,11 @@ def add_flags(writer: SummaryWriter, args: CommonArgs) -> None:
     """Write all flags as text, and for the tab HPARAMS, by which TensorBoard compares runs."""
     flags = asdict(args)
     rows = (f"| {name} | {value} |" for name, value in flags.items())
-    writer.add_text("hyperparameters", "\n".join(["| argument | value |", "| --- | --- |", *rows]))
     shown = {name: flag if isinstance(flag, bool | int | float) else str(flag) for name, flag in flags.items()}
-    for summary in hparams(shown, dict.fromkeys(METRICS, 0.0)):
-        writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]  # it has one until it is closed
+    with ending.signals_waiting():
+        writer.add_text("hyperparameters", "\n".join(["| argument | value |", "| --- | --- |", *rows]))
+        for summary in hparams(shown, dict.fromkeys(METRICS, 0.0)):
+            writer._get_file_writer().add_summary(summary)  # type: ignore[union-attr]  # it has one until it is closed
 
 
 MAKERS: dict[str, Callable[["Run"], Logger]] = {"tensorboard": TensorBoardLog, "csv": CsvLog, "wandb": WandbLog}

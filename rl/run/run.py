@@ -4,6 +4,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol, TypeVar
 
@@ -163,6 +164,12 @@ class Run:
             say_first("far", f"{far}: a lower --learning-rate, or --target-kl, keeps it closer")
         return self.scalars
 
+    @contextmanager
+    def writing_log(self) -> Iterator[None]:
+        """Go on where the disk does not take the log; a signal waits until it is written."""
+        with ending.signals_waiting(), going_on_without("the log"):
+            yield
+
     def evaluate(self, update: int, agent: Agent) -> dict[str, float]:
         """Return mean return and mean length of greedy episodes, if it is time to evaluate the agent, else nothing.
 
@@ -214,7 +221,8 @@ class Run:
             collector: of this process.
             acting_weights: those that act in the next rollout, where they are not the agent's, [P].
         """
-        self.progress.show(update, self.scalars, self.best_return)
+        with ending.signals_waiting():
+            self.progress.show(update, self.scalars, self.best_return)
         self.checkpoints.add(
             update,
             agent.state_dict(),
