@@ -10,6 +10,11 @@ from rl.presets import PRESETS
 from rl.run.command_line import parse
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the log folder is made there
+
+
 def test_a_preset_sets_its_flags_and_leaves_the_others():
     args = parse(TorchArgs, ["--preset", "lunar-lander"])
     assert (args.env_id, args.num_steps, args.per_rank_batch_size) == ("LunarLander-v3", 2048, 128)
