@@ -115,7 +115,8 @@ class Checkpoints:
         if self.ranks.rank == 0:
             if self.writing:
                 self.writing.result()
-            with ending.signals_waiting():  # the next rollout need not wait
+            with ending.signals_waiting():
+                # The next rollout need not wait.
                 self.writing = self.writer.submit(self._write, self.state, packed, is_best)
             if is_last:
                 self.writing.result()
