@@ -1,17 +1,23 @@
 """What a process does by itself when a run ends; tests/test_ending_runs.py ends whole runs."""
 
 import gc
+import signal
 import weakref
 from itertools import count
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from rl.args import TorchArgs
 from rl.environments.making import make_envs, read_spaces, reset_envs
 from rl.environments.rollout import collect_rollout
 from rl.ppo.agent import Agent
 from rl.ppo.distributions import draw_action_noise
-from rl.run.ending import leave_process_group
+from rl.run import checkpoints, loggers
+from rl.run import run as run_module
+from rl.run.ending import Ending, Stopped, leave_process_group
 from rl.voice import RunError
 from tests.faulty_env import FaultyEnv
 
@@ -51,3 +57,43 @@ def test_what_was_there_before_the_first_update_is_let_go_when_the_process_leave
     del module
     leave_process_group()
     assert alive() is None
+
+
+def show_progress(tmp_path, work):
+    run = SimpleNamespace(progress=SimpleNamespace(show=work), scalars={}, best_return=None)
+    run_module.Run.end_update(run, 1, None, None, None)
+
+
+def write_flags(tmp_path, work):
+    loggers.add_flags(Mock(add_text=work), TorchArgs())
+
+
+def write_log(tmp_path, work):
+    with run_module.Run.writing_log(SimpleNamespace()):
+        work()
+
+
+def hand_over_a_checkpoint(tmp_path, work):
+    written = checkpoints.Checkpoints(tmp_path, TorchArgs(checkpoint_every=1), None)
+    written.writer = SimpleNamespace(submit=work)
+    environments = SimpleNamespace(states=lambda update: [])
+    written.add(1, {}, torch.optim.Adam([torch.zeros(1)]), {}, environments)
+
+
+@pytest.mark.parametrize("place", [show_progress, write_flags, write_log, hand_over_a_checkpoint])
+def test_a_signal_waits_while_a_library_works_with_its_locks(monkeypatch, tmp_path, place):
+    ending, done = Ending(), []
+    for module in (checkpoints, loggers, run_module):
+        monkeypatch.setattr(module, "ending", ending)
+
+    def work(*args):
+        signal.raise_signal(signal.SIGTERM)
+        done.append(args)
+
+    before = signal.signal(signal.SIGTERM, ending._hear)
+    try:
+        with pytest.raises(Stopped):
+            place(tmp_path, work)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done

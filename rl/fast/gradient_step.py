@@ -223,7 +223,9 @@ class ProvenStep:
         step = ours.steps[0].double()
         mean, variance = ours.exp_avg / (1 - beta1**step), ours.exp_avg_sq / (1 - beta2**step)
         change = self.group["lr"] * mean / (variance.sqrt() + self.group["eps"])
-        averages, mean_squares, weights = ([state[part] for _, state in moved] for part in (1, 2, 0))
+        averages = [state.exp_avg for _, state in moved]
+        mean_squares = [state.exp_avg_sq for _, state in moved]
+        weights = [state.weights for _, state in moved]
         floors = (1e-6 * ours.exp_avg.norm(), 1e-6 * ours.exp_avg_sq.norm(), 2e-7 * ours.weights.norm())
         checks: tuple[tuple[str, Tensor, Tensor, list[Tensor], Tensor, float, Tensor], ...] = (
             ("the gradient", ours.exp_avg, theirs.exp_avg, averages, gradient, 1e-4, floors[0]),
